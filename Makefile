@@ -1,0 +1,31 @@
+# Two commands: `make demo` sets up and runs the main job, `make test` sets up and runs the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch comes first and pinned: the CPU build is enough, and an open range may pull gigabytes of CUDA.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: setup demo test check clean
+
+setup: $(VENV)/.stamp
+
+$(VENV)/.stamp: pyproject.toml constraints.txt CMakeLists.txt $(wildcard quant/CMakeLists.txt quant/src/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	$(INSTALL) -e '.[oracle,dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/zaya-convert quantize --bits 4 -o out/zaya1-tiny-int4 --overwrite
+	$(BIN)/zaya-convert validate out/zaya1-tiny-int4
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test: check
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) build out

@@ -1,0 +1,434 @@
+"""``Checkpoint``: an indexed, lazily read model. Headers first; weights only when asked for.
+
+A checkpoint is a configuration plus a table ``TensorKey → TensorInfo``. Sources (either layout)
+and artifacts (every exporter's reader returns one) are the same type, so every tool works on both.
+Opening is strict: every expected tensor present, no unknown one, shapes and dtypes right, all
+problems in one message.
+
+Tensors are read with ``pread`` into fresh buffers rather than mapped: resident memory is then what
+we hold, nothing else, and several threads can read at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zaya_convert import layout as layouts
+from zaya_convert.config import ModelConfig, normalise
+from zaya_convert.errors import InputError
+from zaya_convert.headers import FLOAT_DTYPES, RawTensor, parse_json_object, read_header
+from zaya_convert.layout import PART_BY_NAME, Stored, TensorKey
+
+if TYPE_CHECKING:
+    import torch
+    from zaya_quant.qtensor import QuantTensor
+    from zaya_quant.spec import QuantSpec
+
+CHUNK_BYTES = 32 << 20
+_MAX_SIDE_FILE = 64 << 20
+
+# Copied along unchanged with every artifact, so tokenizer and chat template are never lost.
+SIDE_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "LICENSE", "LICENSE.txt", "NOTICE",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A contiguous byte range of a file holding one array."""
+
+    file: Path
+    begin: int
+    end: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One logical tensor: what it is and where its bytes lie.
+
+    Attributes:
+        shape: logical shape (of the dequantized weight for quantized tensors).
+        dtype: safetensors dtype of a float tensor, or the dtype of the codes' container.
+        pieces: ``{"": piece}`` for float tensors; named components for quantized ones.
+        spec: how the tensor is quantized, None for float tensors.
+    """
+
+    key: TensorKey
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: Mapping[str, Piece]
+    spec: QuantSpec | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk, scales included."""
+        return sum(piece.end - piece.begin for piece in self.pieces.values())
+
+    @property
+    def numel(self) -> int:
+        """Number of logical weights."""
+        count = 1
+        for dim in self.shape:
+            count *= dim
+        return count
+
+
+Decoder = Callable[[TensorInfo, dict[str, "torch.Tensor"]], "QuantTensor"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk.
+
+    Attributes:
+        path: folder it was opened from.
+        format: "hybrid", "legacy", or the name of the artifact's packing.
+        config: normalised configuration.
+        raw_config: ``config.json`` as found.
+        infos: every logical tensor, in execution order.
+        notes: things worth telling a person that are not errors.
+        manifest: the artifact's manifest, empty for sources.
+    """
+
+    path: Path
+    format: str
+    config: ModelConfig
+    raw_config: Mapping[str, Any]
+    infos: Mapping[TensorKey, TensorInfo]
+    notes: tuple[str, ...] = ()
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    decoder: Decoder | None = None
+    tied_copy: TensorInfo | None = None
+
+    def read(self, key: TensorKey) -> torch.Tensor | QuantTensor:
+        """Read one tensor: a float tensor in its stored dtype, or a ``QuantTensor``.
+
+        Raises:
+            InputError: the file cannot be read, or shrank since it was opened.
+        """
+        info = self.infos[key]
+        if info.spec is None:
+            return _tensor(info.pieces[""])
+        assert self.decoder is not None
+        pieces = {name: _tensor(piece) for name, piece in info.pieces.items()}
+        try:
+            return self.decoder(info, pieces)
+        except ValueError as error:
+            raise InputError(str(error), str(key)) from None
+
+    def read_float(self, key: TensorKey, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Read one tensor as floats, dequantizing when needed."""
+        import torch
+
+        value = self.read(key)
+        if isinstance(value, torch.Tensor):
+            return value if dtype is None else value.to(dtype)
+        return value.dequantize(dtype or torch.float32)
+
+    def chunks(self, key: TensorKey, size: int = CHUNK_BYTES) -> Iterator[bytearray]:
+        """The raw bytes of a float tensor in bounded pieces."""
+        yield from _piece_chunks(self.infos[key].pieces[""], size)
+
+    def side_files(self) -> dict[str, bytes]:
+        """Tokenizer, template and licence files that belong to the model, by name."""
+        found = {}
+        for name in SIDE_FILES:
+            path = self.path / name
+            if path.is_file():
+                found[name] = read_small(path)
+        return found
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files, sorted."""
+        return tuple(sorted({p.file for i in self.infos.values() for p in i.pieces.values()}))
+
+    def stamp(self) -> dict[str, list[int]]:
+        """Size and modification time of every weight file: a cheap "has it changed?"."""
+        stats = {path.name: path.stat() for path in self.files}
+        return {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
+
+    def check_tied_copy(self) -> None:
+        """A stored ``lm_head.weight`` of a tied model must equal the embedding byte for byte."""
+        if self.tied_copy is None:
+            return
+        pieces = zip(
+            self.chunks(TensorKey(-1, "embed_tokens.weight")),
+            _piece_chunks(self.tied_copy.pieces[""], CHUNK_BYTES),
+            strict=True,
+        )
+        if any(a != b for a, b in pieces):
+            raise InputError(
+                "config.json ties the head to the embedding, but lm_head.weight differs from "
+                "model.embed_tokens.weight; remove it or set tie_word_embeddings to false",
+                self.path.name,
+            )
+
+
+class SourceDigest:
+    """Digest of a model's contents that does not depend on its layout, sharding or file names.
+
+    sha256 over one line per logical tensor, ``key dtype shape sha256(bytes)``, in execution order.
+    """
+
+    def __init__(self) -> None:
+        self._lines: dict[TensorKey, str] = {}
+
+    def add(self, info: TensorInfo, digest: str) -> None:
+        """Record the sha256 of one tensor's raw bytes."""
+        self._lines[info.key] = f"{info.key} {info.dtype} {list(info.shape)} {digest}\n"
+
+    def hexdigest(self, keys: Mapping[TensorKey, TensorInfo]) -> str:
+        """The digest over ``keys`` in order; every one of them must have been added."""
+        total = hashlib.sha256()
+        for key in keys:
+            total.update(self._lines[key].encode())
+        return total.hexdigest()
+
+
+def read_small(path: Path) -> bytes:
+    """Read a side file (config, tokenizer) with a size cap, or raise InputError."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # before opening: a pipe would block for ever
+            raise InputError("not a regular file", path.name)
+        if status.st_size > _MAX_SIDE_FILE:
+            raise InputError(f"is larger than {_MAX_SIDE_FILE >> 20} MiB", path.name)
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", str(path)) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a side file, strictly."""
+    return parse_json_object(read_small(path), path.name)
+
+
+def load_tensors(folder: Path) -> dict[str, RawTensor]:
+    """Headers of every weight file of a folder, by tensor name.
+
+    With an index, exactly the files it names are read and it must agree with them; without one,
+    every ``*.safetensors`` file of the folder is.
+
+    Raises:
+        InputError: missing or damaged files, names that leave the folder, tensors stored twice,
+            an index that disagrees with its shards.
+    """
+    index = folder / "model.safetensors.index.json"
+    weight_map: dict[str, str] = {}
+    if index.is_file():
+        weight_map = _weight_map(index)
+        names = sorted(set(weight_map.values()))
+    else:
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        raise InputError(_no_weights(folder), str(folder))
+    tensors: dict[str, RawTensor] = {}
+    problems: list[str] = []
+    for name in names:
+        try:
+            found, _ = read_header(_contained(folder, name))
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        for tensor in found.values():
+            other = tensors.setdefault(tensor.name, tensor)
+            if other is not tensor:
+                problems.append(
+                    f"{tensor.name!r} is stored twice: in {other.file.name} and in {name}"
+                )
+    if not problems:
+        problems = _index_disagreements(weight_map, tensors)
+    if problems:
+        raise InputError(problems, folder.name)
+    return tensors
+
+
+def open_source(folder: Path) -> Checkpoint:
+    """Open a float checkpoint in either layout. Reads headers only.
+
+    Raises:
+        InputError: with every problem found.
+    """
+    raw = read_json(folder / "config.json")
+    tensors = load_tensors(folder)
+    layout = layouts.detect(tensors)
+    if not layout:
+        raise InputError(
+            "these are not ZAYA1 tensors: neither '.mlp.experts.' (hybrid) nor '.zaya_block.' "
+            "(legacy) occurs in any name",
+            folder.name,
+        )
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    config, notes = normalise(raw, layout, shapes)
+    infos, tied_copy = match_tensors(layout, config, tensors, folder.name)
+    return Checkpoint(folder, layout, config, raw, infos, tuple(notes), tied_copy=tied_copy)
+
+
+def match_tensors(
+    layout: str,
+    config: ModelConfig,
+    tensors: Mapping[str, RawTensor],
+    where: str,
+    skip: frozenset[TensorKey] = frozenset(),
+) -> tuple[dict[TensorKey, TensorInfo], TensorInfo | None]:
+    """Match what the model needs with what the files hold, strictly.
+
+    Args:
+        skip: keys that are stored in another form (quantized) and are matched by the caller.
+
+    Returns:
+        Infos of all float tensors, and the redundant ``lm_head.weight`` of a tied model if stored.
+    """
+    infos: dict[TensorKey, TensorInfo] = {}
+    problems: dict[str, None] = {}
+    unused = set(tensors)
+    for key in layouts.keys(config.layers, config.experts, config.flags):
+        if key in skip:
+            continue
+        place = layouts.stored(layout, key, config.dims, config.layers)
+        raw = tensors.get(place.name) or tensors.get(place.alias)
+        if raw is None:
+            problems[f"{place.name!r} is missing"] = None
+            continue
+        unused.discard(raw.name)
+        if raw.shape != place.shape:
+            problems[
+                f"{raw.name!r} in {raw.file.name} has shape {list(raw.shape)}, "
+                f"expected {list(place.shape)}"
+            ] = None
+        elif raw.dtype not in FLOAT_DTYPES:
+            problems[
+                f"{raw.name!r} in {raw.file.name} is {raw.dtype}, expected one of "
+                + ", ".join(FLOAT_DTYPES)
+            ] = None
+        else:
+            infos[key] = _info(key, raw, place, config)
+    tied_copy = None
+    if config.tied and "lm_head.weight" in unused:
+        unused.remove("lm_head.weight")
+        raw, key = tensors["lm_head.weight"], TensorKey(-1, "embed_tokens.weight")
+        place = layouts.stored(layout, key, config.dims, config.layers)
+        if key in infos and (raw.shape, raw.dtype) == (place.shape, infos[key].dtype):
+            tied_copy = _info(key, raw, place, config)
+        else:
+            problems["'lm_head.weight' is stored but cannot equal the tied embedding"] = None
+    problems |= {f"{n!r} in {tensors[n].file.name} is unknown": None for n in sorted(unused)}
+    if problems:
+        raise InputError(list(problems), where)
+    return infos, tied_copy
+
+
+def _info(key: TensorKey, raw: RawTensor, place: Stored, config: ModelConfig) -> TensorInfo:
+    shape = layouts.resolve(PART_BY_NAME[key.part].shape, config.dims)
+    begin, end = raw.begin, raw.end
+    if place.expert is not None:
+        size = (end - begin) // raw.shape[0]
+        begin, end = begin + place.expert * size, begin + (place.expert + 1) * size
+    if place.rows:
+        row = (end - begin) // place.shape[-2]
+        begin, end = begin + place.rows[0] * row, begin + place.rows[1] * row
+    return TensorInfo(key, shape, raw.dtype, {"": Piece(raw.file, begin, end, raw.dtype, shape)})
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(v, str) for v in weight_map.values()
+    ):
+        raise InputError("weight_map must map tensor names to file names", index.name)
+    return weight_map
+
+
+def _contained(folder: Path, name: str) -> Path:
+    """A shard's path, refusing names that leave the folder by ``..``, a slash or a symlink.
+
+    The Hub cache stores snapshots as symlinks into a sibling ``blobs`` folder; those may be
+    followed, nothing else may.
+    """
+    unsafe = not name.isprintable() or "\\" in name  # surrogates and NUL are not printable
+    if name in ("", ".", "..") or Path(name).name != name or unsafe:
+        raise InputError(f"shard name {name!r} leaves the folder: refused", "index")
+    path, root = folder / name, Path(os.path.realpath(folder))
+    roots = [root]
+    if root.parent.name == "snapshots":
+        roots.append(root.parent.parent / "blobs")
+    # realpath and not Path.resolve, which raises on a link that points at itself
+    if not any(Path(os.path.realpath(path)).is_relative_to(allowed) for allowed in roots):
+        raise InputError(f"{name!r} is a link that leaves the folder: refused", folder.name)
+    return path
+
+
+def _index_disagreements(
+    weight_map: Mapping[str, str], tensors: Mapping[str, RawTensor]
+) -> list[str]:
+    if not weight_map:
+        return []
+    problems = [
+        f"the index promises {name!r} in {file}, which does not hold it"
+        for name, file in weight_map.items()
+        if name not in tensors or tensors[name].file.name != file
+    ]
+    return problems + [
+        f"{name!r} in {tensor.file.name} is not in the index"
+        for name, tensor in tensors.items()
+        if name not in weight_map
+    ]
+
+
+def _no_weights(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder"
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        return "only pickle weights here, which can run code; convert them to safetensors first"
+    return "no *.safetensors files here"
+
+
+def _piece_chunks(piece: Piece, size: int) -> Iterator[bytearray]:
+    with _opened(piece) as file:
+        for begin in range(piece.begin, piece.end, size):
+            yield _pread(file.fileno(), piece, begin, min(begin + size, piece.end))
+
+
+def _opened(piece: Piece) -> FileIO:
+    try:
+        return piece.file.open("rb", buffering=0)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", piece.file.name) from None
+
+
+def _pread(descriptor: int, piece: Piece, begin: int, end: int) -> bytearray:
+    buffer = bytearray(end - begin)
+    view, position = memoryview(buffer), begin
+    while position < end:
+        try:
+            count = os.preadv(descriptor, [view[position - begin :]], position)
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}", piece.file.name) from None
+        if count == 0:
+            raise InputError(f"shrank while it was read (at byte {position})", piece.file.name)
+        position += count
+    return buffer
+
+
+def _tensor(piece: Piece) -> torch.Tensor:
+    import torch
+
+    dtypes = {
+        "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
+        "I64": torch.int64, "U8": torch.uint8, "I8": torch.int8,
+    }  # fmt: skip
+    with _opened(piece) as file:
+        buffer = _pread(file.fileno(), piece, piece.begin, piece.end)
+    return torch.frombuffer(buffer, dtype=dtypes[piece.dtype]).reshape(piece.shape)

@@ -1,0 +1,126 @@
+"""What the two per-expert packings share: names, float tensors, strict matching on reading.
+
+Both store one set of arrays per quantized matrix under ``model.layers.L.mlp.experts.E.X_proj.`` and
+everything else under its hybrid name in its stored dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from zaya_convert import layout
+from zaya_convert.checkpoint import (
+    Checkpoint,
+    Decoder,
+    Piece,
+    TensorInfo,
+    load_tensors,
+    match_tensors,
+    read_json,
+)
+from zaya_convert.config import ModelConfig, normalise
+from zaya_convert.errors import InputError
+from zaya_convert.export.arrays import Array, Region
+from zaya_convert.headers import RawTensor
+from zaya_convert.layout import PART_BY_NAME, TensorKey
+from zaya_quant.spec import QuantSpec
+
+SCALE_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+SCALE_NAME = {dtype: name for name, dtype in SCALE_DTYPE.items()}
+MANIFEST = "zaya-convert.json"
+
+# Told the shapes of a matrix's arrays, name its spec; None when they make no sense.
+SpecOf = Callable[[TensorKey, tuple[int, ...], Mapping[str, RawTensor]], QuantSpec | None]
+
+
+def whole(name: str, dtype: str, shape: tuple[int, ...]) -> Region:
+    """A region that is a whole array."""
+    array = Array(name, dtype, shape)
+    return Region(array, 0, array.bytes)
+
+
+def float_regions(info: TensorInfo, config: ModelConfig) -> dict[str, Region]:
+    """A float tensor under its own name, experts one matrix at a time."""
+    place = layout.stored("split", info.key, config.dims, config.layers)
+    return {"": whole(place.name, info.dtype, info.shape)}
+
+
+def storage_problems(info: TensorInfo, spec: QuantSpec) -> list[str]:
+    """What neither packing's readers can hold."""
+    out_features, in_features = info.shape
+    found = []
+    if not spec.symmetric:
+        found.append("asymmetric experts break this packing's readers; use symmetric")
+    if PART_BY_NAME[info.key.part].role == "embedding":
+        found.append("a quantized embedding is not readable here; keep it float")
+    if spec.group_size > 0 and in_features % spec.group_size:
+        found.append(
+            f"group size {spec.group_size} does not divide its {in_features} inputs; "
+            "choose a divisor, or -1 for one scale per output channel"
+        )
+    if out_features * in_features == 0:
+        found.append("is empty")
+    return found
+
+
+def is_quantizable(key: TensorKey) -> bool:
+    """Whether a recipe may ever match ``key``."""
+    return PART_BY_NAME[key.part].role != "float"
+
+
+def linear_modules(config: ModelConfig) -> list[str]:
+    """Names of all modules with a weight matrix that a generic quantizer would consider."""
+    gates = ("down_proj", "router_mlp.fc1", "router_mlp.fc2", "router_mlp.out_proj")
+    names = [
+        f"model.layers.{i}.mlp.gate.{gate}" for i in range(config.layers) for gate in gates
+    ]
+    return [*names, "lm_head"]
+
+
+def open_split(
+    folder: Path, name: str, suffixes: tuple[str, ...], spec_of: SpecOf, decoder: Decoder
+) -> Checkpoint:
+    """Open a folder whose quantized matrices are stored as ``module + suffix`` arrays.
+
+    Raises:
+        InputError: anything missing, unknown, or of the wrong shape or dtype; all at once.
+    """
+    raw = read_json(folder / "config.json")
+    tensors = load_tensors(folder)
+    config, notes = normalise(raw, "hybrid", {n: t.shape for n, t in tensors.items()})
+    keys = tuple(layout.keys(config.layers, config.experts, config.flags))
+    quantized: dict[TensorKey, TensorInfo] = {}
+    claimed: set[TensorKey] = set()
+    problems: list[str] = []
+    for key in keys:
+        arrays = {s: tensors[key.module + s] for s in suffixes if key.module + s in tensors}
+        if not arrays or not is_quantizable(key):
+            continue
+        claimed.add(key)
+        shape = layout.resolve(PART_BY_NAME[key.part].shape, config.dims)
+        missing = [s for s in suffixes if s not in arrays]
+        spec = None if missing else spec_of(key, shape, arrays)
+        for array in arrays.values():
+            del tensors[array.name]
+        if missing:
+            problems += [f"{key.module + s!r} is missing" for s in missing]
+        elif spec is None:
+            shapes = ", ".join(f"{s} {a.dtype} {list(a.shape)}" for s, a in arrays.items())
+            problems.append(f"{key.module!r}: {shapes} do not fit a weight of {list(shape)}")
+        else:
+            pieces = {
+                s: Piece(a.file, a.begin, a.end, a.dtype, a.shape) for s, a in arrays.items()
+            }
+            quantized[key] = TensorInfo(key, shape, arrays[suffixes[0]].dtype, pieces, spec)
+    try:
+        floats, tied_copy = match_tensors("split", config, tensors, folder.name, frozenset(claimed))
+    except InputError as error:
+        raise InputError(problems + error.problems, folder.name) from None
+    if problems:
+        raise InputError(problems, folder.name)
+    infos = {key: quantized.get(key) or floats[key] for key in keys}
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    return Checkpoint(
+        folder, name, config, raw, infos, tuple(notes), manifest, decoder, tied_copy
+    )

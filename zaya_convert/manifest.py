@@ -1,0 +1,133 @@
+"""The manifest: what an artifact is, where it came from, and a checksum of every byte in it.
+
+No weight format carries a checksum; a flipped bit loads silently everywhere. ``verify`` compares
+an artifact with its manifest, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zaya_convert.checkpoint import read_json
+from zaya_convert.errors import InputError
+from zaya_convert.headers import read_header
+
+NAME = "zaya-convert.json"
+SCHEMA = 1
+_BLOCK = 8 << 20
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """Checksums of one file; ``tensors`` maps names to (sha256, dtype, shape)."""
+
+    name: str
+    bytes: int
+    sha256: str
+    tensors: Mapping[str, tuple[str, str, tuple[int, ...]]]
+
+
+def digest_file(path: Path) -> FileDigest:
+    """Checksum a file, and every tensor in it if it is a safetensors file, in one pass."""
+    tensors = read_header(path)[0] if path.suffix == ".safetensors" else {}
+    total = hashlib.sha256()
+    found: dict[str, tuple[str, str, tuple[int, ...]]] = {}
+    size = 0
+    with path.open("rb", buffering=0) as file:
+
+        def take(count: int, also: Callable[[memoryview], None] | None = None) -> None:
+            nonlocal size
+            while count > 0 and (block := file.read(min(_BLOCK, count))):
+                view = memoryview(block)
+                total.update(view)
+                if also:
+                    also(view)
+                count -= len(view)
+                size += len(view)
+
+        for tensor in sorted(tensors.values(), key=lambda t: (t.begin, t.end)):
+            take(tensor.begin - size)
+            own = hashlib.sha256()
+            take(tensor.end - tensor.begin, own.update)
+            found[tensor.name] = (own.hexdigest(), tensor.dtype, tensor.shape)
+        take(1 << 62)
+    return FileDigest(path.name, size, total.hexdigest(), found)
+
+
+def build(facts: Mapping[str, Any], files: list[FileDigest]) -> bytes:
+    """Serialise a manifest: ``facts`` about the conversion, then files and tensors, sorted."""
+    tensors = {
+        name: {"file": file.name, "sha256": digest, "dtype": dtype, "shape": list(shape)}
+        for file in files
+        for name, (digest, dtype, shape) in file.tensors.items()
+    }
+    manifest = {
+        "schema": SCHEMA,
+        **facts,
+        "files": {f.name: {"bytes": f.bytes, "sha256": f.sha256} for f in sorted(files, key=_name)},
+        "tensors": dict(sorted(tensors.items())),
+    }
+    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _name(file: FileDigest) -> str:
+    return file.name
+
+
+def verify(folder: Path, progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
+    """Check every file and tensor of an artifact against its manifest.
+
+    Args:
+        progress: called with the number of bytes just checked.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        InputError: no manifest, a missing, changed or unlisted file; all of them at once.
+    """
+    if not (folder / NAME).is_file():
+        raise InputError(
+            f"has no {NAME}; only artifacts that zaya-convert wrote can be verified", str(folder)
+        )
+    manifest = read_json(folder / NAME)
+    files, tensors = manifest.get("files"), manifest.get("tensors")
+    if manifest.get("schema") != SCHEMA or not isinstance(files, dict) or not tensors:
+        raise InputError("is damaged, or of another version", NAME)
+    problems = [f"{name} is missing" for name in files if not (folder / name).is_file()]
+    listed = {*files, NAME}
+    problems += [
+        f"{path.name} is not in the manifest"
+        for path in sorted(folder.iterdir())
+        if path.name not in listed and path.suffix in (".safetensors", ".json")
+    ]
+    for name, expected in files.items():
+        if (folder / name).is_file():
+            problems += _compare(folder / name, expected, tensors)
+            progress(expected["bytes"])
+    if problems:
+        raise InputError(problems, folder.name)
+    return manifest
+
+
+def _compare(path: Path, expected: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
+    if path.stat().st_size != expected["bytes"]:
+        return [f"{path.name}: {path.stat().st_size} bytes, expected {expected['bytes']}"]
+    try:
+        found = digest_file(path)
+    except InputError as error:
+        return [str(error)]
+    if found.sha256 == expected["sha256"]:
+        return []
+    changed = [
+        f"{path.name}: tensor {name!r} has changed (sha256 {digest[:12]}..., "
+        f"expected {tensors[name]['sha256'][:12]}...)"
+        for name, (digest, *_) in found.tensors.items()
+        if name in tensors and tensors[name]["sha256"] != digest
+    ]
+    return changed or [f"{path.name}: has changed (sha256 {found.sha256[:12]}...)"]

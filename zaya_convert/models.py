@@ -1,0 +1,77 @@
+"""From what a person types as MODEL to an open ``Checkpoint``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from zaya_convert.checkpoint import Checkpoint, open_source, read_json
+from zaya_convert.errors import InputError
+from zaya_convert.export import PACKINGS, packing
+
+BUNDLED = Path(__file__).parent / "bundled" / "zaya1-tiny"
+_HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "LICENSE*", "NOTICE", "README.md")
+
+
+def open_model(name: str | None) -> Checkpoint:
+    """Open a folder, a weight file in a folder, a Hub id, or (None) the bundled checkpoint.
+
+    Raises:
+        InputError: nothing there, or something that cannot be trusted.
+    """
+    folder = resolve(name)
+    config = read_json(folder / "config.json")
+    for packing_name in PACKINGS:
+        module = packing(packing_name)
+        if module.recognises(config):
+            return module.open_artifact(folder)
+    method = config["quantization_config"].get("quant_method")
+    raise InputError(
+        f"is quantized as {method!r}, which cannot be read; known: {', '.join(PACKINGS)}",
+        folder.name,
+    )
+
+
+def resolve(name: str | None) -> Path:
+    """The local folder of a model; fetches ``hf://org/name[@revision]`` if it is not cached."""
+    if name is None:
+        return BUNDLED
+    if name.startswith("hf://"):
+        return _fetch(name)
+    path = Path(name)
+    if path.is_file() and path.suffix in (".safetensors", ".json"):
+        path = path.parent
+    if not path.is_dir():
+        hint = f"; for the Hub write hf://{name}" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
+        raise InputError(f"no such folder{hint}", name)
+    if not (path / "config.json").is_file():
+        raise InputError("has no config.json", name)
+    return path
+
+
+def origin(name: str | None) -> str:
+    """The public name of a model, for provenance: its Hub id, or "" for a local folder."""
+    if name is None:
+        return BUNDLED.name
+    match = _HUB.fullmatch(name)
+    return match["repo"] if match else ""
+
+
+def _fetch(name: str) -> Path:
+    match = _HUB.fullmatch(name)
+    if not match:
+        raise InputError("is not of the form hf://org/name[@revision]", name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                match["repo"], revision=match["revision"], allow_patterns=list(_WANTED)
+            )
+        )
+    except LocalEntryNotFoundError:
+        raise InputError("is not in the local cache, and the Hub cannot be reached", name) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(f"cannot be fetched: {str(error).splitlines()[0]}", name) from None

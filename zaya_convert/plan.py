@@ -1,0 +1,159 @@
+"""``Plan``: what will be written, exactly, before a weight is read.
+
+A checkpoint, a recipe and a packing make a plan: one ``Step`` per logical tensor, and the arrays of
+the output with their exact sizes. Everything that can fail cheaply fails here, all reasons
+together. Because sizes are exact the plan is the header of every format, steps can run in any
+order on any number of threads, and the bytes that come out are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from zaya_convert import __version__
+from zaya_convert.checkpoint import Checkpoint, TensorInfo
+from zaya_convert.errors import InputError, UsageError
+from zaya_convert.export import Packing, packing
+from zaya_convert.export.arrays import Array, Region
+from zaya_convert.layout import TensorKey
+from zaya_convert.recipe import Recipe
+from zaya_quant.methods import METHODS
+from zaya_quant.spec import QuantSpec
+
+DEFAULT_SHARD_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The work on one logical tensor.
+
+    Attributes:
+        spec: how the result is quantized; None for floats.
+        method: name in ``zaya_quant.methods.METHODS``; "" when the codes are taken over as they
+            are, or nothing is quantized.
+        regions: where each component that the packing's ``encode`` returns goes.
+        copy: the bytes are taken over unchanged.
+    """
+
+    key: TensorKey
+    spec: QuantSpec | None
+    method: str
+    regions: Mapping[str, Region]
+    copy: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion, ready to be carried out by ``convert.execute``.
+
+    ``origin`` is the public name of the source model (a Hub id), for provenance; never a path.
+    """
+
+    source: Checkpoint
+    recipe: Recipe | None
+    packing: str
+    steps: tuple[Step, ...]
+    arrays: tuple[Array, ...]
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    origin: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """Size of all output arrays."""
+        return sum(array.bytes for array in self.arrays)
+
+    @property
+    def weights(self) -> int:
+        """Logical weights in the model."""
+        return sum(info.numel for info in self.source.infos.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over all weights of the model, scales and everything else counted."""
+        return 8 * self.bytes / self.weights
+
+    def fingerprint(self) -> str:
+        """Digest of everything that determines the output, for ``--resume``."""
+        facts = {
+            "version": __version__,
+            "packing": self.packing,
+            "recipe": self.recipe.to_dict() if self.recipe else None,
+            "source": self.source.stamp(),
+            "arrays": [[a.name, a.dtype, a.shape] for a in self.arrays],
+            "shard_bytes": self.shard_bytes,
+            "origin": self.origin,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """Exact sizes by kind of tensor, for ``--dry-run``."""
+        groups: dict[str, dict[str, int]] = {}
+        for step in self.steps:
+            name = "float" if step.spec is None else _spec_name(step.spec)
+            row = groups.setdefault(name, {"tensors": 0, "weights": 0, "bytes": 0})
+            row["tensors"] += 1
+            row["weights"] += self.source.infos[step.key].numel
+            row["bytes"] += sum(region.bytes for region in step.regions.values())
+        return groups
+
+
+def make_plan(
+    source: Checkpoint,
+    recipe: Recipe | None,
+    packing_name: str,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    origin: str = "",
+) -> Plan:
+    """Plan a conversion.
+
+    Args:
+        recipe: how to quantize a float source; None exports what the source holds.
+
+    Raises:
+        UsageError: a recipe for a source that is quantized already.
+        InputError: everything the packing cannot hold, and every unknown method.
+    """
+    if recipe is not None and any(info.spec for info in source.infos.values()):
+        raise UsageError(
+            f"{source.path.name} is quantized already, and rounding twice costs quality; "
+            "use `export` to change its format, or quantize the original"
+        )
+    target = packing(packing_name)
+    problems: list[str] = []
+    steps = [_step(source, info, recipe, target, problems) for info in source.infos.values()]
+    if problems:
+        raise InputError(problems, f"{packing_name} cannot hold this plan")
+    arrays = tuple({r.array.name: r.array for s in steps for r in s.regions.values()}.values())
+    return Plan(source, recipe, packing_name, tuple(steps), arrays, shard_bytes, origin)
+
+
+def _step(
+    source: Checkpoint,
+    info: TensorInfo,
+    recipe: Recipe | None,
+    target: Packing,
+    problems: list[str],
+) -> Step:
+    rule = recipe.rule_for(info.key) if recipe else None
+    spec = rule.spec if rule else info.spec
+    method = rule.method if rule else ""
+    if rule and method not in METHODS:
+        problems.append(f"{info.key}: no method {method!r}; there are {', '.join(METHODS)}")
+    if spec is not None:
+        found = target.problems(info, spec)
+        if found:
+            problems.extend(f"{info.key}: {problem}" for problem in found)
+            return Step(info.key, spec, method, {}, copy=False)
+    regions = target.regions(info, spec, source.config)
+    copy = spec is None and all(r.array.dtype == info.dtype for r in regions.values())
+    return Step(info.key, spec, method, regions, copy)
+
+
+def _spec_name(spec: QuantSpec) -> str:
+    group = "per channel" if spec.group_size < 0 else f"group {spec.group_size}"
+    kind = "symmetric" if spec.symmetric else "asymmetric"
+    return f"int{spec.bits} {group} {kind}"

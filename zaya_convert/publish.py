@@ -1,0 +1,197 @@
+"""Atomic output folders: a name appears with everything in it, or not at all.
+
+Work happens in ``.NAME.partial`` beside the final place, under an exclusive lock. The journal in
+it records each finished step; with ``--resume`` a later run continues where it stops, provided
+that source, recipe and version are the same. Publishing is fsync + rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zaya_convert.errors import InputError, OutputError, OutputExistsError
+
+JOURNAL = "journal.jsonl"
+
+
+@contextmanager
+def io_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into one clear line and exit code 5."""
+    try:
+        yield
+    except OSError as error:
+        hint = "; free some space, then run again with --resume" * (error.errno == errno.ENOSPC)
+        raise OutputError(f"{error.filename or path}: {error.strerror}{hint}") from None
+
+
+@dataclass
+class Workspace:
+    """The partial folder of one output.
+
+    Attributes:
+        out: final path.
+        partial: where files are written until they are published.
+        done: journal records of an interrupted run with the same fingerprint, by step name.
+    """
+
+    out: Path
+    partial: Path
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def publish(self) -> None:
+        """Make everything durable and give it its final name."""
+        with io_errors(self.out):
+            (self.partial / JOURNAL).unlink(missing_ok=True)
+            for path in self.partial.iterdir():
+                _fsync(path)
+            _fsync(self.partial)
+            old = self.out.parent / f".{self.out.name}.old"
+            if self.out.exists():
+                _remove(old)
+                self.out.rename(old)
+            self.partial.rename(self.out)
+            _remove(old)
+            _fsync(self.out.parent)
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        _empty(self.partial)
+
+
+class Journal:
+    """Append-only record of finished steps. A step counts only once its bytes are on disk."""
+
+    def __init__(self, workspace: Workspace, files: list[int]) -> None:
+        self._file = (workspace.partial / JOURNAL).open("a", encoding="utf-8")
+        self._data = files
+        self._pending: list[str] = []
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Remember a step; ``flush`` makes it durable."""
+        self._pending.append(json.dumps(record) + "\n")
+
+    def flush(self) -> None:
+        """Data first, then the lines that vouch for it."""
+        for descriptor in self._data:
+            os.fdatasync(descriptor)
+        self._file.write("".join(self._pending))
+        self._file.flush()
+        os.fdatasync(self._file.fileno())
+        self._pending.clear()
+
+    def close(self) -> None:
+        """Close the file; pending records are flushed by the caller or lost on purpose."""
+        self._file.close()
+
+
+@contextmanager
+def workspace(
+    out: Path, fingerprint: str, needed_bytes: int, *, resume: bool, overwrite: bool
+) -> Iterator[Workspace]:
+    """Claim an output path.
+
+    Args:
+        fingerprint: digest of everything that determines the output's bytes.
+        needed_bytes: size of the finished output, checked against the disk before work begins.
+
+    Raises:
+        OutputExistsError: the output exists (without ``overwrite``) or another run writes it.
+        OutputError: no room, no permission.
+        InputError: ``resume`` asked for, but the partial output is of another conversion.
+    """
+    out = out.absolute()
+    with io_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial"
+    with _locked(partial, out):
+        try:
+            if out.exists() and not overwrite:
+                raise OutputExistsError(f"{out} exists; choose another -o, or pass --overwrite")
+            done = _journal(partial, fingerprint, resume)
+            if not done:
+                _empty(partial)
+            _check_space(out.parent, needed_bytes, partial)
+            with io_errors(out):
+                if not (partial / JOURNAL).exists():
+                    (partial / JOURNAL).write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+            yield Workspace(out, partial, done)
+        finally:
+            if partial.is_dir() and not any(partial.iterdir()):
+                partial.rmdir()
+
+
+@contextmanager
+def _locked(partial: Path, out: Path) -> Iterator[None]:
+    """Hold the partial folder itself as the lock: it leaves no extra file, and dies with us."""
+    with io_errors(out):
+        partial.mkdir(exist_ok=True)
+        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        busy = OutputExistsError(f"{out} is being written by another process")
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        # The other process may have published (renamed) the folder between open and lock.
+        if not partial.is_dir() or partial.stat().st_ino != os.fstat(descriptor).st_ino:
+            raise busy
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _journal(partial: Path, fingerprint: str, resume: bool) -> dict[str, dict[str, Any]]:
+    path = partial / JOURNAL
+    if not resume or not path.is_file():
+        return {}
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break  # a torn last line: that step was not finished
+    if not records or records[0].get("fingerprint") != fingerprint:
+        raise InputError(
+            f"{partial} belongs to another conversion (source, recipe or version changed); "
+            "run without --resume to start over"
+        )
+    return {record["step"]: record for record in records[1:]}
+
+
+def _check_space(folder: Path, needed: int, partial: Path) -> None:
+    have = shutil.disk_usage(folder).free
+    if partial.is_dir():
+        have += sum(path.stat().st_blocks * 512 for path in partial.iterdir())
+    if needed > have:
+        raise OutputError(
+            f"{folder}: needs {needed / 2**30:.2f} GiB, only {have / 2**30:.2f} GiB are free"
+        )
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

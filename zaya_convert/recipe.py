@@ -1,0 +1,184 @@
+"""``Recipe``: which tensors are quantized and how, as data. TOML in, first match wins.
+
+    description = "whom this recipe serves"
+
+    [[rules]]
+    match = "experts"      # a role, or a glob on canonical names: "model.layers.0.mlp.experts.3.*"
+    bits = 4
+    group_size = 32        # weights per scale; -1 = one scale per output channel
+    symmetric = true
+    method = "rtn"
+
+    [[rules]]
+    match = "attention"
+    keep = true            # leave as floats
+
+Tensors that no rule matches stay floats. The router path, convolutions, norms, scales and
+temperatures can never be matched: quantizing them costs far more than it saves.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from zaya_convert.errors import InputError, UsageError
+from zaya_convert.layout import PART_BY_NAME, TensorKey
+from zaya_quant.spec import QuantSpec
+
+ROLES = {"experts": "expert", "attention": "attention", "embedding": "embedding"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule. ``keep`` leaves the matched tensors as floats; the rest says how to quantize."""
+
+    match: str
+    bits: int = 4
+    group_size: int = 32
+    symmetric: bool = True
+    scale_dtype: str = "float16"
+    method: str = "rtn"
+    keep: bool = False
+
+    @property
+    def spec(self) -> QuantSpec:
+        """What the rule asks for, without the method."""
+        return QuantSpec(self.bits, self.group_size, self.symmetric, self.scale_dtype)
+
+    def matches(self, key: TensorKey) -> bool:
+        """Whether this rule speaks of ``key``."""
+        role = PART_BY_NAME[key.part].role
+        if self.match in ROLES:
+            return role == ROLES[self.match]
+        return fnmatchcase(key.module, self.match) or fnmatchcase(str(key), self.match)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """An ordered list of rules."""
+
+    name: str
+    description: str
+    rules: tuple[Rule, ...]
+
+    def rule_for(self, key: TensorKey) -> Rule | None:
+        """The first rule that matches, or None when the tensor stays a float."""
+        if PART_BY_NAME[key.part].role == "float":
+            return None
+        rule = next((r for r in self.rules if r.matches(key)), None)
+        return None if rule is None or rule.keep else rule
+
+    def to_dict(self) -> dict[str, Any]:
+        """As recorded in every artifact."""
+        return asdict(self)
+
+
+def folder() -> Path:
+    """Where the shipped recipes are: inside the installed package, or at the checkout's root."""
+    package = Path(__file__).parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def shipped() -> dict[str, Path]:
+    """The shipped recipes by name."""
+    return {path.stem: path for path in sorted(folder().glob("*.toml"))}
+
+
+def load(name: str) -> Recipe:
+    """Load a recipe by shipped name or by file.
+
+    Raises:
+        UsageError: no such recipe. InputError: a recipe file with mistakes, all of them listed.
+    """
+    known = shipped()
+    path = known.get(name, Path(name))
+    if not path.is_file():
+        raise UsageError(
+            f"no recipe {name!r}{_nearest(name, known)}; shipped recipes: {', '.join(known)}"
+        )
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"not valid TOML: {error}", path.name) from None
+    return parse(raw, path.stem, path.name)
+
+
+def parse(raw: Mapping[str, Any], name: str, where: str) -> Recipe:
+    """Check a recipe's fields; every mistake is reported, unknown keys with the nearest known."""
+    problems = _unknown(raw, ("description", "rules"), "")
+    entries = raw.get("rules", [])
+    if not isinstance(entries, list) or not entries:
+        problems.append("needs at least one [[rules]] table")
+        entries = []
+    rules = []
+    for number, entry in enumerate(entries, 1):
+        found = _rule_problems(entry, f"rule {number}: ")
+        problems += found
+        if not found:
+            rules.append(Rule(**entry))
+    if problems:
+        raise InputError(problems, where)
+    return Recipe(name, str(raw.get("description", "")), tuple(rules))
+
+
+def adjusted(
+    recipe: Recipe,
+    bits: int | None = None,
+    group_size: int | None = None,
+    method: str | None = None,
+) -> Recipe:
+    """Apply command-line flags: ``bits`` to the expert rules, the others to every rule."""
+    rules = []
+    for rule in recipe.rules:
+        changes: dict[str, Any] = {}
+        if bits is not None and ("expert" in rule.match):
+            changes["bits"] = bits
+        if group_size is not None:
+            changes["group_size"] = group_size
+        if method is not None:
+            changes["method"] = method
+        rules.append(rule if rule.keep else replace(rule, **changes))
+    return replace(recipe, rules=tuple(rules))
+
+
+def for_bits(bits: int) -> Recipe:
+    """The recipe behind a plain ``--bits N``."""
+    exact = f"int{bits}"
+    return load(exact) if exact in shipped() else adjusted(load("int4"), bits=bits)
+
+
+def _rule_problems(entry: object, where: str) -> list[str]:
+    fields = tuple(Rule.__dataclass_fields__)
+    if not isinstance(entry, dict):
+        return [f"{where}must be a table"]
+    problems = _unknown(entry, fields, where)
+    types = {"match": str, "bits": int, "group_size": int, "symmetric": bool, "keep": bool,
+             "scale_dtype": str, "method": str}  # fmt: skip
+    problems += [
+        f"{where}{name} = {entry[name]!r} must be of type {kind.__name__}"
+        for name, kind in types.items()
+        if name in entry and type(entry[name]) is not kind
+    ]
+    if problems:
+        return problems
+    if "match" not in entry:
+        problems.append(f"{where}match is missing")
+    try:
+        _ = Rule(**{"match": "", **entry}).spec
+    except ValueError as error:
+        problems.append(f"{where}{error}")
+    return problems
+
+
+def _unknown(raw: Mapping[str, Any], known: tuple[str, ...], where: str) -> list[str]:
+    return [f"{where}unknown key {key!r}{_nearest(key, known)}" for key in raw if key not in known]
+
+
+def _nearest(word: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
+    match = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""
