@@ -28,6 +28,7 @@ from zaya_convert.layout import PART_BY_NAME, Stored, TensorKey
 
 if TYPE_CHECKING:
     import torch
+
     from zaya_quant.qtensor import QuantTensor
     from zaya_quant.spec import QuantSpec
 
@@ -344,10 +345,10 @@ def _info(key: TensorKey, raw: RawTensor, place: Stored, config: ModelConfig) ->
 
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(v, str) for v in weight_map.values()
-    ):
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError("weight_map must map tensor names to file names", index.name)
+    if not weight_map:
+        raise InputError("weight_map is empty", index.name)
     return weight_map
 
 

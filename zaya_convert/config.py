@@ -143,7 +143,7 @@ class _Fields:
     def number(self, *names: str, default: float) -> float:
         for name in names:
             value = self.raw.get(name)
-            if type(value) in (int, float) and 0 < value < 1e12:
+            if isinstance(value, int | float) and value is not True and 0 < value < 1e12:
                 return float(value)
             if value is not None:
                 self.problems.append(f"{name} is {value!r}, expected a positive number")
@@ -158,8 +158,8 @@ class _Fields:
 
     def expect(self, name: str, allowed: tuple[Any, ...]) -> None:
         """Refuse a variant of the architecture we do not compute."""
-        value = self.raw.get(name, allowed[0])
-        if value not in allowed:
+        value = self.raw.get(name)
+        if value is not None and value not in allowed:
             self.problems.append(f"{name} is {value!r}, only {allowed[0]!r} is supported")
 
 
@@ -185,6 +185,7 @@ def normalise(raw: Mapping[str, Any], layout: str, shapes: Shapes) -> tuple[Mode
     fields.expect("activation_func", ("swiglu", "silu"))
     fields.expect("clamp_temp", (False,))
     fields.expect("zaya_use_eda", (True,))
+    fields.expect("use_eda", (True,))
     notes: list[str] = []
     if layout == "legacy":
         dims, notes = _legacy_dims(fields, shapes)
@@ -324,11 +325,11 @@ _LEGACY_PROBES = {
 def _legacy_dims(fields: _Fields, shapes: Shapes) -> tuple[dict[str, int], list[str]]:
     """Dimensions by majority over the tensors, so that one damaged tensor cannot shift them all."""
     votes: dict[str, Counter[int]] = {name: Counter() for name in _LEGACY_PROBES}
-    last = -1
+    halves: Counter[int] = Counter()
     for name, shape in shapes.items():
         match = re.match(r"model\.layers\.(\d{1,6})\.", name)
         if match:
-            last = max(last, int(match[1]))
+            halves[int(match[1])] += 1
         for dim, (suffix, axis) in _LEGACY_PROBES.items():
             if name.endswith(suffix) and len(shape) > axis:
                 votes[dim][shape[axis]] += 1
@@ -339,7 +340,8 @@ def _legacy_dims(fields: _Fields, shapes: Shapes) -> tuple[dict[str, int], list[
     kv_heads = max(found.pop("kv_heads"), 1)
     head_dim = max(found.pop("k") // kv_heads, 1)
     dims = {
-        "layers": last // 2 + 1,
+        # a few tensors alone are strays, to be named as such: a half-layer has at least ten
+        "layers": max((i for i, count in halves.items() if count > 4), default=0) // 2 + 1,
         "hidden": found["hidden"],
         "heads": max(found.pop("q") // head_dim, 1),
         "kv_heads": kv_heads,
@@ -367,8 +369,8 @@ def _contradictions(fields: _Fields, dims: Mapping[str, int]) -> list[str]:
     notes = []
     for name, truth in claims.items():
         claim = fields.raw.get(name)
-        values = {v for v in claim if v} if isinstance(claim, list) else {claim}
-        if claim is not None and values != {truth}:
+        values = [v for v in claim if v] if isinstance(claim, list) else [claim]
+        if claim is not None and any(value != truth for value in values):
             notes.append(f"config.json says {name} = {claim}; the tensors say {truth} and are used")
     return notes
 

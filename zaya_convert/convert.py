@@ -82,9 +82,10 @@ def execute(
     stamp = plan.source.stamp()
     plan.source.check_tied_copy()
     room = plan.bytes + (16 << 20)
-    with workspace(
-        out, plan.fingerprint(), room, resume=resume, overwrite=overwrite
-    ) as place, io_errors(out):
+    with (
+        workspace(out, plan.fingerprint(), room, resume=resume, overwrite=overwrite) as place,
+        io_errors(out),
+    ):
         records = _run_steps(plan, place, threads or os.cpu_count() or 1, progress)
         if plan.source.stamp() != stamp:
             place.discard()
@@ -245,7 +246,7 @@ def _where(info: TensorInfo) -> str:
 
 
 def _view(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _region_crc(shards: ShardSet, step: Step) -> int:

@@ -27,6 +27,7 @@ EXIT_CODES: dict[int, str] = {
 }
 
 _SHOWN_PROBLEMS = 20
+_SHOWN_CHARACTERS = 800  # of one problem: a hostile file can make its names as long as it likes
 
 
 class ZayaConvertError(Exception):
@@ -76,8 +77,15 @@ class OutputExistsError(ZayaConvertError):
 def _summary(problems: Sequence[str], where: str) -> str:
     head = f"{where}: " if where else ""
     if len(problems) == 1:
-        return head + problems[0]
-    shown = list(problems[:_SHOWN_PROBLEMS])
+        return head + _clip(problems[0])
+    shown = [_clip(problem) for problem in problems[:_SHOWN_PROBLEMS]]
     if len(problems) > len(shown):
         shown.append(f"... and {len(problems) - len(shown)} more")
     return f"{head}{len(problems)} problems:\n" + "\n".join(f"  - {line}" for line in shown)
+
+
+def _clip(problem: str) -> str:
+    half = _SHOWN_CHARACTERS // 2
+    if len(problem) <= _SHOWN_CHARACTERS:
+        return problem
+    return f"{problem[:half]} ... {problem[-half:]}"

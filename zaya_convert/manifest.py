@@ -97,7 +97,7 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda _: None) -> di
         )
     manifest = read_json(folder / NAME)
     files, tensors = manifest.get("files"), manifest.get("tensors")
-    if manifest.get("schema") != SCHEMA or not isinstance(files, dict) or not tensors:
+    if manifest.get("schema") != SCHEMA or not _well_formed(files, tensors):
         raise InputError("is damaged, or of another version", NAME)
     problems = [f"{name} is missing" for name in files if not (folder / name).is_file()]
     listed = {*files, NAME}
@@ -113,6 +113,18 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda _: None) -> di
     if problems:
         raise InputError(problems, folder.name)
     return manifest
+
+
+def _well_formed(files: Any, tensors: Any) -> bool:
+    """Whether both tables look as ``build`` writes them; files lie in the folder itself."""
+    if not isinstance(files, dict) or not isinstance(tensors, dict) or not tensors:
+        return False
+    entries = [*files.values(), *tensors.values()]
+    return (
+        all(isinstance(e, dict) and isinstance(e.get("sha256"), str) for e in entries)
+        and all(type(entry.get("bytes")) is int for entry in files.values())
+        and all(Path(name).name == name for name in files)
+    )
 
 
 def _compare(path: Path, expected: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:

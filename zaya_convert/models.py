@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from zaya_convert.checkpoint import Checkpoint, open_source, read_json
+from zaya_convert.checkpoint import Checkpoint, read_json
 from zaya_convert.errors import InputError
 from zaya_convert.export import PACKINGS, packing
 
@@ -26,7 +26,8 @@ def open_model(name: str | None) -> Checkpoint:
         module = packing(packing_name)
         if module.recognises(config):
             return module.open_artifact(folder)
-    method = config["quantization_config"].get("quant_method")
+    found = config["quantization_config"]
+    method = found.get("quant_method") if isinstance(found, dict) else found
     raise InputError(
         f"is quantized as {method!r}, which cannot be read; known: {', '.join(PACKINGS)}",
         folder.name,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     import torch
+
     from zaya_convert.checkpoint import Checkpoint, TensorInfo
     from zaya_convert.config import ModelConfig
     from zaya_convert.export.arrays import Region

@@ -26,6 +26,7 @@ from zaya_quant.spec import QuantSpec
 
 if TYPE_CHECKING:
     import torch
+
     from zaya_convert.plan import Plan
     from zaya_quant.qtensor import QuantTensor
 
@@ -64,6 +65,7 @@ def regions(info: TensorInfo, spec: QuantSpec | None, config: ModelConfig) -> di
 def encode(value: torch.Tensor | QuantTensor) -> dict[str, torch.Tensor]:
     """The arrays of one tensor."""
     import torch
+
     from zaya_quant.pack import gptq_zeros, pack_gptq
 
     if isinstance(value, torch.Tensor):
@@ -146,6 +148,7 @@ def open_artifact(folder: Path) -> Checkpoint:
 
 def _decode(info: TensorInfo, pieces: dict[str, torch.Tensor]) -> QuantTensor:
     import torch
+
     from zaya_quant.pack import gptq_zeros, unpack_gptq
     from zaya_quant.qtensor import QuantTensor
 

@@ -30,6 +30,7 @@ from zaya_quant.spec import ALLOWED_BITS, QuantSpec
 
 if TYPE_CHECKING:
     import torch
+
     from zaya_convert.plan import Plan
     from zaya_quant.qtensor import QuantTensor
 
@@ -60,6 +61,7 @@ def regions(info: TensorInfo, spec: QuantSpec | None, config: ModelConfig) -> di
 def encode(value: torch.Tensor | QuantTensor) -> dict[str, torch.Tensor]:
     """The arrays of one tensor."""
     import torch
+
     from zaya_quant.pack import pack_int32
 
     if isinstance(value, torch.Tensor):

@@ -19,6 +19,7 @@ from zaya_convert.headers import DTYPE_BYTES
 
 if TYPE_CHECKING:
     import torch
+
     from zaya_convert.plan import Plan
     from zaya_quant.qtensor import QuantTensor
     from zaya_quant.spec import QuantSpec
@@ -59,7 +60,7 @@ def config(plan: Plan) -> dict[str, Any]:
 
 def recognises(config: Mapping[str, Any]) -> bool:
     """Any configuration without quantization."""
-    return "quantization_config" not in config
+    return config.get("quantization_config") is None
 
 
 def open_artifact(folder: Path) -> Checkpoint:

@@ -72,9 +72,7 @@ def is_quantizable(key: TensorKey) -> bool:
 def linear_modules(config: ModelConfig) -> list[str]:
     """Names of all modules with a weight matrix that a generic quantizer would consider."""
     gates = ("down_proj", "router_mlp.fc1", "router_mlp.fc2", "router_mlp.out_proj")
-    names = [
-        f"model.layers.{i}.mlp.gate.{gate}" for i in range(config.layers) for gate in gates
-    ]
+    names = [f"model.layers.{i}.mlp.gate.{gate}" for i in range(config.layers) for gate in gates]
     return [*names, "lm_head"]
 
 
@@ -109,9 +107,7 @@ def open_split(
             shapes = ", ".join(f"{s} {a.dtype} {list(a.shape)}" for s, a in arrays.items())
             problems.append(f"{key.module!r}: {shapes} do not fit a weight of {list(shape)}")
         else:
-            pieces = {
-                s: Piece(a.file, a.begin, a.end, a.dtype, a.shape) for s, a in arrays.items()
-            }
+            pieces = {s: Piece(a.file, a.begin, a.end, a.dtype, a.shape) for s, a in arrays.items()}
             quantized[key] = TensorInfo(key, shape, arrays[suffixes[0]].dtype, pieces, spec)
     try:
         floats, tied_copy = match_tensors("split", config, tensors, folder.name, frozenset(claimed))
@@ -121,6 +117,4 @@ def open_split(
         raise InputError(problems, folder.name)
     infos = {key: quantized.get(key) or floats[key] for key in keys}
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
-    return Checkpoint(
-        folder, name, config, raw, infos, tuple(notes), manifest, decoder, tied_copy
-    )
+    return Checkpoint(folder, name, config, raw, infos, tuple(notes), manifest, decoder, tied_copy)

@@ -1,0 +1,459 @@
+// Search of the best scale of every group.  This file is compiled once per instruction set, with
+// ZQ_ISA_NAMESPACE naming the copy; affine.cpp picks one at run time.
+//
+// The arithmetic, operation by operation, is defined in zaya_quant/affine.py.  One vector lane is
+// one group, so a group never shares a sum with another, no lane is ever added to a neighbour, and
+// the number of lanes of the machine does not show in the result.  A tile is W groups, transposed:
+// tile[i] holds element i of each.
+//
+// It must be compiled with -ffp-contract=off: a fused multiply-add rounds once where the reference
+// rounds twice.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "zaya_quant.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace zq {
+namespace ZQ_ISA_NAMESPACE {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+constexpr int kSumLanes = 16;  // LANES of affine.py
+constexpr float kSmallestScale = 0x1p-126f;
+constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: x + magic rounds x to an integer
+
+typedef float V __attribute__((vector_size(4 * W)));
+typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef uint32_t U __attribute__((vector_size(4 * W)));
+typedef uint16_t H __attribute__((vector_size(2 * W)));
+typedef int8_t B __attribute__((vector_size(W)));
+
+#define ZQ_INLINE inline __attribute__((always_inline))
+#define ZQ_LAMBDA __attribute__((always_inline))
+
+ZQ_INLINE V splat(float x) { return V{} + x; }
+ZQ_INLINE V select(I mask, V yes, V no) { return mask ? yes : no; }
+ZQ_INLINE V from_bits(U bits) { V x; std::memcpy(&x, &bits, sizeof x); return x; }
+ZQ_INLINE U to_bits(V x) { U bits; std::memcpy(&bits, &x, sizeof x); return bits; }
+ZQ_INLINE V magnitude(V x) { return from_bits(to_bits(x) & 0x7FFFFFFFu); }
+
+// The few operations for which compilers find no good code by themselves.  `low_bytes` keeps the low
+// byte of every element.
+#if defined(__AVX512F__)
+ZQ_INLINE V vmin(V a, V b) { return (V)_mm512_min_ps((__m512)a, (__m512)b); }
+ZQ_INLINE V vmax(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
+ZQ_INLINE V vround(V x) { return (V)_mm512_roundscale_ps((__m512)x, 0x08); }
+ZQ_INLINE U zero_extend(H x) { return (U)_mm512_cvtepu16_epi32((__m256i)x); }
+ZQ_INLINE B low_bytes(U x) { return (B)_mm512_cvtepi32_epi8((__m512i)x); }
+ZQ_INLINE bool any(I mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
+#elif defined(__AVX2__)
+ZQ_INLINE V vmin(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); }
+ZQ_INLINE V vmax(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
+ZQ_INLINE V vround(V x) { return (V)_mm256_round_ps((__m256)x, 0x08); }
+ZQ_INLINE U zero_extend(H x) { return (U)_mm256_cvtepu16_epi32((__m128i)x); }
+ZQ_INLINE B low_bytes(U x) {
+    const __m128i low = _mm256_castsi256_si128((__m256i)(x & 0xFFu));
+    const __m128i high = _mm256_extracti128_si256((__m256i)(x & 0xFFu), 1);
+    const __m128i words = _mm_packus_epi32(low, high);
+    const int64_t bytes = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+    return (B)bytes;
+}
+ZQ_INLINE bool any(I mask) { return _mm256_movemask_ps((__m256)mask) != 0; }
+#else
+ZQ_INLINE V vmin(V a, V b) { return a < b ? a : b; }
+ZQ_INLINE V vmax(V a, V b) { return a > b ? a : b; }
+// Exact for |x| < 2^22; codes are clamped before they are rounded.
+ZQ_INLINE V vround(V x) { return (x + kRoundMagic) - kRoundMagic; }
+ZQ_INLINE U zero_extend(H x) { return __builtin_convertvector(x, U); }
+ZQ_INLINE B low_bytes(U x) { return __builtin_convertvector(x, B); }
+ZQ_INLINE bool any(I mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
+#endif
+
+// ---- types of weights and scales -------------------------------------------------------------
+
+ZQ_INLINE V widen(U raw, int32_t dtype) {
+    if (dtype == kBFloat16) return from_bits(raw << 16);
+    // fp16: 2^112 moves the exponent bias from 15 to 127, exactly, subnormals included.
+    const V value = from_bits((raw & 0x7FFFu) << 13) * 0x1p112f;
+    const I special = (raw & 0x7C00u) == 0x7C00u;
+    const U bits = to_bits(value) | ((raw & 0x8000u) << 16);
+    return from_bits(bits | ((U)special & 0x7F800000u));
+}
+
+// Elements start .. start + W - 1 of a group with `length` of them; zeros beyond.
+template <int DTYPE>
+ZQ_INLINE V load(const void* group, int64_t start, int64_t length) {
+    const int64_t left = length - start;
+    if (DTYPE == kFloat32) {
+        V x{};
+        const float* source = static_cast<const float*>(group) + start;
+        if (left >= W) std::memcpy(&x, source, sizeof x);
+        else if (left > 0) std::memcpy(&x, source, 4 * left);
+        return x;
+    }
+    H x{};
+    const uint16_t* source = static_cast<const uint16_t*>(group) + start;
+    if (left >= W) std::memcpy(&x, source, sizeof x);
+    else if (left > 0) std::memcpy(&x, source, 2 * left);
+    return widen(zero_extend(x), DTYPE);
+}
+
+// Round to nearest even in the type of the scales; what overflows compares as unusable.
+ZQ_INLINE V round_scale(V scale, int32_t dtype) {
+    if (dtype == kFloat32) return scale;
+    const U bits = to_bits(scale);
+    if (dtype == kBFloat16) return from_bits((bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u);
+    const V normal = from_bits((bits + 0xFFFu + ((bits >> 13) & 1u)) & 0xFFFFE000u);
+    // Below 2^-14 fp16 counts in steps of 2^-24, the spacing of float32 in [0.5, 1).
+    const V size = magnitude(scale);
+    const V subnormal = from_bits(to_bits((size + 0.5f) - 0.5f) | (bits & 0x80000000u));
+    return select(size < splat(0x1p-14f), subnormal, normal);
+}
+
+ZQ_INLINE float largest_scale(int32_t dtype) {
+    if (dtype == kFloat16) return 65504.0f;
+    return dtype == kBFloat16 ? 0x1.FEp127f : 0x1.FFFFFEp127f;
+}
+
+void store_scale(void* scales, int64_t index, float scale, int32_t dtype) {
+    uint32_t bits;
+    std::memcpy(&bits, &scale, 4);
+    if (dtype == kFloat32) {
+        static_cast<float*>(scales)[index] = scale;
+    } else if (dtype == kBFloat16) {
+        static_cast<uint16_t*>(scales)[index] = static_cast<uint16_t>(bits >> 16);
+    } else {
+        // Already rounded, so both branches are exact.
+        const float size = scale < 0 ? -scale : scale;
+        const uint32_t sign = (bits >> 16) & 0x8000u;
+        const uint32_t half = size < 0x1p-14f ? static_cast<uint32_t>(size * 0x1p24f)
+                                              : ((bits & 0x7FFFFFFFu) - 0x38000000u) >> 13;
+        static_cast<uint16_t*>(scales)[index] = static_cast<uint16_t>(sign | half);
+    }
+}
+
+// ---- one tile ---------------------------------------------------------------------------------
+
+// W x W transposition: log2 W perfect shuffles of the rows.
+ZQ_INLINE void transpose(V* rows) {
+#if defined(__AVX512F__)
+#define ZQ_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define ZQ_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX2__)
+#define ZQ_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define ZQ_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define ZQ_LOW 0, 4, 1, 5
+#define ZQ_HIGH 2, 6, 3, 7
+#endif
+#pragma GCC unroll 4
+    for (int round = 1; round < W; round *= 2) {
+        V next[W];
+#pragma GCC unroll 8
+        for (int i = 0; i < W / 2; i++) {
+            next[2 * i] = __builtin_shufflevector(rows[i], rows[i + W / 2], ZQ_LOW);
+            next[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + W / 2], ZQ_HIGH);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) rows[i] = next[i];
+    }
+#undef ZQ_LOW
+#undef ZQ_HIGH
+}
+
+// Sums in the order of the reference.  The loops are unrolled so that `lane` stays in registers.
+struct Sum {
+    V lane[kSumLanes];
+
+    ZQ_INLINE void add(bool first, int i, V x) { lane[i] = first ? x : lane[i] + x; }
+
+    template <int HALF = kSumLanes / 2>
+    ZQ_INLINE V fold() {
+#pragma GCC unroll 16
+        for (int i = 0; i < HALF; i++) lane[i] = lane[i] + lane[i + HALF];
+        if constexpr (HALF > 1) return fold<HALF / 2>();
+        else return lane[0];
+    }
+};
+
+// Calls body(first, lane, element) for every element of a tile.
+template <typename Body>
+ZQ_INLINE void each(int64_t padded, Body body) {
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kSumLanes; lane++) body(true, lane, lane);
+    for (int64_t start = kSumLanes; start < padded; start += kSumLanes) {
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kSumLanes; lane++) body(false, lane, start + lane);
+    }
+}
+
+struct Tile {
+    V* values;            // [padded]: normalised weights, wp
+    V* importance;        // [padded], or null
+    int64_t padded;       // group length, rounded up to whole chunks of kSumLanes
+    V absmax, p, power;   // p = 2^-e, power = 2^e
+    V low_side;           // +1 where the most negative weight is the largest, else -1
+    V signal;             // sum of wp^2
+};
+
+struct Best {
+    V error, scale, normal;  // normal = scale * p; scale 0 where nothing was usable
+};
+
+// Clamped before it is rounded, which is the same: the bounds are whole numbers.
+struct Codes {
+    V low, high;
+    template <bool HIGH = true, bool LOW = true>
+    ZQ_INLINE V of(V w, V inverse) const {
+        V code = w * inverse;
+        if (HIGH) code = vmin(code, high);
+        if (LOW) code = vmax(code, low);
+        return vround(code);
+    }
+};
+
+template <bool WEIGHTED, bool HIGH = true, bool LOW = true>
+ZQ_INLINE V error_of(const Tile& tile, V normal, V inverse, Codes codes) {
+    Sum sum;
+    each(tile.padded, [&](bool first, int lane, int64_t i) ZQ_LAMBDA {
+        const V w = tile.values[i];
+        const V rest = w - codes.of<HIGH, LOW>(w, inverse) * normal;
+        const V square = rest * rest;
+        sum.add(first, lane, WEIGHTED ? square * tile.importance[i] : square);
+    });
+    return sum.fold();
+}
+
+// sum(w k) / sum(k^2): the best scale for the codes of the best scale so far.
+template <bool WEIGHTED>
+ZQ_INLINE V least_squares(const Tile& tile, const Best& best, Codes codes) {
+    const I unset = best.normal == 0.0f;
+    const V inverse = select(unset, splat(0.0f), 1.0f / select(unset, splat(1.0f), best.normal));
+    Sum above, below;
+    each(tile.padded, [&](bool first, int lane, int64_t i) ZQ_LAMBDA {
+        const V w = tile.values[i];
+        const V k = codes.of(w, inverse);
+        above.add(first, lane, WEIGHTED ? w * k * tile.importance[i] : w * k);
+        below.add(first, lane, WEIGHTED ? k * k * tile.importance[i] : k * k);
+    });
+    return above.fold() / below.fold();
+}
+
+template <bool WEIGHTED>
+ZQ_INLINE void consider(const Tile& tile, V scale, const Request& r, Codes codes, Best& best) {
+    scale = round_scale(scale, r.scale_dtype);
+    const V size = magnitude(scale);
+    // Comparisons with NaN are false, so NaN is unusable too.
+    const I usable = (size >= kSmallestScale) & (size <= largest_scale(r.scale_dtype));
+    const V normal = select(usable, scale * tile.p, splat(1.0f));
+    const V inverse = 1.0f / normal;
+    // Most scales clip nothing, or only above (a code of qmin reaches to qmin - 1/2): a bound on
+    // the largest |code| before rounding, over the lanes, tells which clamps cannot act.
+    const V reach = magnitude(tile.absmax * tile.p * inverse);
+    V error;
+    if (!any(reach >= codes.high + 0.5f))
+        error = error_of<WEIGHTED, false, false>(tile, normal, inverse, codes);
+    else if (!any(reach > 0.5f - codes.low))
+        error = error_of<WEIGHTED, true, false>(tile, normal, inverse, codes);
+    else
+        error = error_of<WEIGHTED>(tile, normal, inverse, codes);
+    const I better = usable & (error < best.error);
+    best.error = select(better, error, best.error);
+    best.scale = select(better, scale, best.scale);
+    best.normal = select(better, normal, best.normal);
+}
+
+template <bool WEIGHTED>
+Best search(const Tile& tile, const Request& r) {
+    const int half = 1 << (r.bits - 1);
+    const Codes codes{splat(static_cast<float>(-half)), splat(static_cast<float>(half - 1))};
+    Best best{splat(__builtin_inff()), V{}, V{}};
+    consider<WEIGHTED>(tile, tile.absmax * r.ratios[0], r, codes, best);
+    for (int i = 1; i < r.ratio_count; i++) {
+        const V scale = tile.absmax * r.ratios[i];
+        if (r.both_signs) {
+            consider<WEIGHTED>(tile, scale, r, codes, best);
+            consider<WEIGHTED>(tile, -scale, r, codes, best);
+        } else {
+            consider<WEIGHTED>(tile, scale * tile.low_side, r, codes, best);
+        }
+    }
+    for (int i = 0; i < r.refinements; i++) {
+        const V ratio = least_squares<WEIGHTED>(tile, best, codes);
+        consider<WEIGHTED>(tile, ratio * tile.power, r, codes, best);
+    }
+    return best;
+}
+
+// The W groups of a tile, with the place of each in its row.
+struct Groups {
+    const char* source[W];
+    const float* importance[W];
+    int8_t* codes[W];
+    int64_t row[W];
+    int64_t length[W];  // 0 beyond the last group of the matrix
+};
+
+// Fills the tile; returns false when it holds a NaN or an infinity.
+template <int DTYPE>
+ZQ_INLINE bool fill(Tile& tile, const Groups& groups) {
+    V low{}, high{}, poison{}, rows[W];
+    low = splat(__builtin_inff());
+    high = -low;
+    for (int64_t start = 0; start < tile.padded; start += W) {
+        for (int i = 0; i < W; i++) rows[i] = load<DTYPE>(groups.source[i], start, groups.length[i]);
+        transpose(rows);
+        for (int i = 0; i < W; i++) {
+            low = vmin(low, rows[i]);
+            high = vmax(high, rows[i]);
+            poison = poison + rows[i] * 0.0f;  // NaN once anything is not finite
+            tile.values[start + i] = rows[i];
+        }
+        if (tile.importance == nullptr) continue;
+        for (int i = 0; i < W; i++)
+            rows[i] = load<kFloat32>(groups.importance[i], start, groups.length[i]);
+        transpose(rows);
+        for (int i = 0; i < W; i++) tile.importance[start + i] = rows[i];
+    }
+    for (int i = 0; i < W; i++)
+        if (poison[i] != poison[i]) return false;
+    tile.absmax = magnitude(vmax(-low, high));
+    tile.low_side = select(-low >= high, splat(1.0f), splat(-1.0f));
+    I exponent = (I)(to_bits(tile.absmax) >> 23) - 127;
+    exponent = exponent < -126 ? I{} - 126 : exponent;
+    exponent = exponent > 126 ? I{} + 126 : exponent;
+    tile.p = from_bits((U)((127 - exponent) << 23));
+    tile.power = from_bits((U)((127 + exponent) << 23));
+    Sum sum;
+    each(tile.padded, [&](bool first, int lane, int64_t i) ZQ_LAMBDA {
+        const V w = tile.values[i] * tile.p;
+        tile.values[i] = w;
+        sum.add(first, lane, w * w);
+    });
+    tile.signal = sum.fold();
+    return true;
+}
+
+// Codes are computed anew from the source, in its order: cheaper than keeping and transposing.
+template <int DTYPE>
+ZQ_INLINE void write_codes(const Request& r, const Tile& tile, const Best& best,
+                           const Groups& groups) {
+    const int half = 1 << (r.bits - 1);
+    const Codes codes{splat(static_cast<float>(-half)), splat(static_cast<float>(half - 1))};
+    const I unset = best.normal == 0.0f;
+    const V inverses = select(unset, splat(0.0f), 1.0f / select(unset, splat(1.0f), best.normal));
+    for (int i = 0; i < W; i++) {
+        const int64_t length = groups.length[i];
+        const V p = splat(tile.p[i]);
+        const V inverse = splat(inverses[i]);
+        for (int64_t start = 0; start < length; start += W) {
+            const V k = codes.of(load<DTYPE>(groups.source[i], start, length) * p, inverse);
+            // The low byte of k + magic is k in two's complement.
+            const B bytes = low_bytes(to_bits(k + kRoundMagic));
+            const int64_t left = length - start;
+            if (left >= W) std::memcpy(groups.codes[i] + start, &bytes, W);
+            else std::memcpy(groups.codes[i] + start, &bytes, left);
+        }
+    }
+}
+
+int64_t first_non_finite(const void* weight, int32_t dtype, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        bool bad;
+        if (dtype == kFloat32) {
+            uint32_t bits;
+            std::memcpy(&bits, static_cast<const char*>(weight) + 4 * i, 4);
+            bad = (bits & 0x7F800000u) == 0x7F800000u;
+        } else {
+            const uint16_t mask = dtype == kBFloat16 ? 0x7F80 : 0x7C00;
+            bad = (static_cast<const uint16_t*>(weight)[i] & mask) == mask;
+        }
+        if (bad) return i;
+    }
+    return -1;
+}
+
+template <int DTYPE, bool WEIGHTED>
+Result quantize_rows(const Request& r, V* scratch) {
+    const int64_t groups_per_row = (r.columns + r.group_length - 1) / r.group_length;
+    const int64_t count = r.rows * groups_per_row;
+    const int64_t width = DTYPE == kFloat32 ? 4 : 2;
+    Tile tile{};
+    tile.padded = (r.group_length + kSumLanes - 1) / kSumLanes * kSumLanes;
+    tile.values = scratch;
+    tile.importance = WEIGHTED ? scratch + tile.padded : nullptr;
+    for (int64_t i = 0; i < r.rows; i++) r.signal[i] = r.noise[i] = 0.0;
+    int64_t row = 0, column = 0;  // where the next group starts
+    for (int64_t first = 0; first < count; first += W) {
+        Groups groups{};
+        for (int i = 0; i < W && first + i < count; i++) {
+            const int64_t left = r.columns - column, offset = row * r.columns + column;
+            groups.row[i] = row;
+            groups.source[i] = static_cast<const char*>(r.weight) + offset * width;
+            groups.importance[i] = WEIGHTED ? r.importance + column : nullptr;
+            groups.codes[i] = r.codes + offset;
+            groups.length[i] = left < r.group_length ? left : r.group_length;
+            column += r.group_length;
+            if (column >= r.columns) column = 0, row++;
+        }
+        if (!fill<DTYPE>(tile, groups))
+            return {kNonFinite, first_non_finite(r.weight, DTYPE, r.rows * r.columns)};
+        const Best best = search<WEIGHTED>(tile, r);
+        V noise = best.error;
+        if (WEIGHTED) {
+            const int half = 1 << (r.bits - 1);
+            const Codes codes{splat(static_cast<float>(-half)), splat(static_cast<float>(half - 1))};
+            const V normal = select(best.normal == 0.0f, splat(1.0f), best.normal);
+            noise = error_of<false>(tile, normal, 1.0f / normal, codes);
+        }
+        write_codes<DTYPE>(r, tile, best, groups);
+        for (int i = 0; i < W && first + i < count; i++) {
+            const bool unset = best.normal[i] == 0.0f;
+            // Far below 1 a group without a scale becomes zeros; far above there is no answer.
+            if (unset && tile.absmax[i] > 1.0f) return {kNotRepresentable, first + i};
+            store_scale(r.scales, first + i, best.scale[i], r.scale_dtype);
+            const double back = static_cast<double>(tile.power[i]) * tile.power[i];
+            r.signal[groups.row[i]] += tile.signal[i] * back;
+            r.noise[groups.row[i]] += (unset ? tile.signal[i] : noise[i]) * back;
+        }
+    }
+    return {kOk, -1};
+}
+
+template <int DTYPE>
+Result quantize_dtype(const Request& r, V* scratch) {
+    return r.importance ? quantize_rows<DTYPE, true>(r, scratch)
+                        : quantize_rows<DTYPE, false>(r, scratch);
+}
+
+}  // namespace
+
+Result quantize(const Request& r) {
+    const int64_t padded = (r.group_length + kSumLanes - 1) / kSumLanes * kSumLanes;
+    const size_t bytes = sizeof(V) * padded * (r.importance ? 2 : 1);
+    // By hand: std::aligned_alloc is missing on some platforms this is meant for.
+    void* memory = std::malloc(bytes + sizeof(V));
+    if (memory == nullptr) return {kNoMemory, -1};
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory) + sizeof(V) - 1;
+    V* scratch = reinterpret_cast<V*>(address / sizeof(V) * sizeof(V));
+    Result result = r.dtype == kFloat32    ? quantize_dtype<kFloat32>(r, scratch)
+                    : r.dtype == kBFloat16 ? quantize_dtype<kBFloat16>(r, scratch)
+                                           : quantize_dtype<kFloat16>(r, scratch);
+    std::free(memory);
+    return result;
+}
+
+}  // namespace ZQ_ISA_NAMESPACE
+}  // namespace zq

@@ -1,0 +1,69 @@
+"""Round to nearest on the best scale of a search: no data needed, better when it has some.
+
+The search is that of ``zaya_quant.affine``.  With ``stats`` the squared error of input channel c
+is weighted by its second moment E[x_c^2], which is the output error of the layer when channels
+are uncorrelated; without, every channel weighs the same.
+
+Symmetric specs run in the native library when it loads; its results are bit-identical to the
+reference, so which one ran never shows in a file.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from zaya_quant import affine, native
+from zaya_quant.affine import RowErrors
+from zaya_quant.qtensor import QuantTensor
+from zaya_quant.spec import QuantSpec
+
+
+class InputStats(Protocol):
+    """What a method needs to know about the inputs of a layer."""
+
+    @property
+    def second_moment(self) -> Tensor:
+        """Mean square of every input channel, ``[in]``."""
+        ...
+
+
+def quantize(weight: Tensor, spec: QuantSpec, stats: InputStats | None = None) -> QuantTensor:
+    """``weight [out, in]`` rounded to nearest on searched scales."""
+    return quantize_with_errors(weight, spec, stats)[0]
+
+
+def quantize_with_errors(
+    weight: Tensor, spec: QuantSpec, stats: InputStats | None = None
+) -> tuple[QuantTensor, RowErrors]:
+    """Also the signal and noise energy of every row, a by-product of the search."""
+    return _quantize(weight, spec, None if stats is None else stats.second_moment)
+
+
+def quantize_affine(
+    weight: Tensor, spec: QuantSpec, importance: Tensor | None = None
+) -> QuantTensor:
+    """``affine.quantize_affine`` on the fastest body there is."""
+    return _quantize(weight, spec, importance)[0]
+
+
+def needs_wider_scales(weight: Tensor, spec: QuantSpec) -> bool:
+    """``affine.needs_wider_scales`` on the fastest body there is."""
+    if not _runs_natively(weight, spec):
+        return affine.needs_wider_scales(weight, spec)
+    span = native.absmax_span(weight, spec.group_length(weight.shape[1]))
+    return affine.leaves_fp16_range(torch.tensor(span) / spec.qmax)
+
+
+def _quantize(
+    weight: Tensor, spec: QuantSpec, importance: Tensor | None
+) -> tuple[QuantTensor, RowErrors]:
+    if _runs_natively(weight, spec):
+        return native.quantize(weight, spec, importance)
+    return affine.quantize_affine_with_errors(weight, spec, importance)
+
+
+def _runs_natively(weight: Tensor, spec: QuantSpec) -> bool:
+    return spec.symmetric and weight.device.type == "cpu" and native.available()[0]

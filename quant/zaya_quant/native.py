@@ -1,0 +1,218 @@
+"""The native library: same numbers as ``affine`` and ``pack``, several times the speed.
+
+``libzaya_quant`` has a plain C interface (``src/zaya_quant.h``) and is loaded with ctypes, which
+releases the interpreter lock during a call.  A call runs on the thread that makes it; to use more
+cores, quantize ranges of rows from several threads.
+
+It is optional.  ``available()`` tells whether it is in use and, if not, why; everything then runs
+on the torch reference, with the same results.  ``ZAYA_QUANT_NATIVE=0`` forces that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import zaya_quant
+from zaya_quant import affine
+from zaya_quant.affine import RowErrors
+from zaya_quant.qtensor import SCALE_DTYPES, QuantTensor
+from zaya_quant.spec import QuantSpec
+
+_ABI_VERSION = 1
+_NAMES = ("libzaya_quant.so", "libzaya_quant.dylib", "zaya_quant.dll")
+ISAS = ("base", "avx2", "avx512")
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_OK, _NON_FINITE, _NOT_REPRESENTABLE, _NO_MEMORY = range(4)
+
+
+class _Request(ctypes.Structure):
+    """``zq::Request``, field by field."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("importance", ctypes.c_void_p),
+        ("ratios", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("signal", ctypes.c_void_p),
+        ("noise", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("group_length", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("scale_dtype", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("ratio_count", ctypes.c_int32),
+        ("both_signs", ctypes.c_int32),
+        ("refinements", ctypes.c_int32),
+    )
+
+
+def available() -> tuple[bool, str]:
+    """Whether the library is in use, and where it is or why it is not."""
+    if os.environ.get("ZAYA_QUANT_NATIVE") == "0":
+        return False, "ZAYA_QUANT_NATIVE=0"
+    library, reason = _load()
+    return library is not None, reason
+
+
+def isa() -> str:
+    """The instruction set in use: one of ISAS, or "reference" without the library."""
+    return ISAS[_library().zq_best_isa()] if available()[0] else "reference"
+
+
+def supported_isas() -> tuple[str, ...]:
+    """What this machine can run; empty without the library."""
+    return ISAS[: _library().zq_best_isa() + 1] if available()[0] else ()
+
+
+def quantize(
+    weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, isa: str | None = None
+) -> tuple[QuantTensor, RowErrors]:
+    """``affine.quantize_affine_with_errors`` for symmetric specs and tensors on the CPU."""
+    affine.check_weight(weight)
+    if not spec.symmetric:
+        raise ValueError("the native library quantizes symmetric specs only")
+    best = _library().zq_best_isa()
+    chosen = best if isa is None else ISAS.index(isa)
+    if chosen > best:
+        raise ValueError(f"this machine cannot run {isa}; it can: {', '.join(ISAS[: best + 1])}")
+    rows, columns = weight.shape
+    weight = _host(weight)
+    if importance is not None:
+        importance = affine.scaled_importance(importance, columns)
+    length = spec.group_length(columns)
+    ratios = torch.tensor(affine.scale_ratios(spec.bits, length), dtype=torch.float32)
+    scale_dtype = SCALE_DTYPES[spec.scale_dtype]
+    codes = torch.empty((rows, columns), dtype=torch.int8)
+    scales = torch.empty((rows, spec.groups(columns)), dtype=scale_dtype)
+    signal, noise = torch.zeros((2, rows), dtype=torch.float64)
+    errors = RowErrors(signal, noise)
+    request = _Request(
+        weight=weight.data_ptr(),
+        importance=None if importance is None else importance.data_ptr(),
+        ratios=ratios.data_ptr(),
+        codes=codes.data_ptr(),
+        scales=scales.data_ptr(),
+        signal=errors.signal.data_ptr(),
+        noise=errors.noise.data_ptr(),
+        rows=rows,
+        columns=columns,
+        group_length=length,
+        dtype=_DTYPE_CODES[weight.dtype],
+        scale_dtype=_DTYPE_CODES[scale_dtype],
+        bits=spec.bits,
+        ratio_count=len(ratios),
+        both_signs=affine.tries_both_signs(spec.bits),
+        refinements=affine.REFINEMENTS,
+    )
+    index = ctypes.c_int64(-1)
+    status = _library().zq_quantize(ctypes.byref(request), chosen, ctypes.byref(index))
+    _raise_for(status, index.value, columns, spec)
+    return QuantTensor(codes, scales, None, spec), errors
+
+
+def pack_int32(codes: Tensor, bits: int) -> Tensor:
+    """``pack.pack_int32`` of a checked int8 matrix; raises ValueError at a code out of range."""
+    rows, columns = codes.shape
+    codes = _host(codes)
+    packed = torch.empty((rows, -(-columns * bits // 32)), dtype=torch.int32)
+    bad = _library().zq_pack(codes.data_ptr(), packed.data_ptr(), rows, columns, bits)
+    if bad >= 0:
+        raise out_of_range(codes, *divmod(bad, columns), bits)
+    return packed
+
+
+def unpack_int32(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    """``pack.unpack_int32`` of a checked int32 matrix."""
+    packed = _host(packed)
+    codes = torch.empty((packed.shape[0], in_features), dtype=torch.int8)
+    rows, columns = codes.shape
+    _library().zq_unpack(packed.data_ptr(), codes.data_ptr(), rows, columns, bits)
+    return codes
+
+
+def absmax_span(weight: Tensor, group_length: int) -> tuple[float, float]:
+    """The smallest nonzero and the largest absmax of the groups, 0.0 where there is none."""
+    affine.check_weight(weight)
+    weight = _host(weight)
+    rows, columns = weight.shape
+    span = torch.zeros(2, dtype=torch.int32)
+    bad = _library().zq_absmax_span(
+        weight.data_ptr(), _DTYPE_CODES[weight.dtype], rows, columns, group_length, span.data_ptr()
+    )
+    if bad >= 0:
+        raise affine.non_finite(*divmod(bad, columns))
+    patterns = span if weight.dtype == torch.float32 else span.to(torch.int16)
+    low, high = patterns.view(weight.dtype).tolist()
+    return low, high
+
+
+def out_of_range(codes: Tensor, row: int, column: int, bits: int) -> ValueError:
+    """The error for a code that does not fit."""
+    code = int(codes[row, column])
+    return ValueError(f"code {code} at row {row}, column {column} does not fit {bits} bits")
+
+
+def _host(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().contiguous()
+    if tensor.device.type != "cpu":
+        raise ValueError(f"the native library needs a tensor on the CPU, not on {tensor.device}")
+    return tensor
+
+
+def _raise_for(status: int, index: int, columns: int, spec: QuantSpec) -> None:
+    if status == _NON_FINITE:
+        raise affine.non_finite(*divmod(index, columns))
+    if status == _NOT_REPRESENTABLE:
+        raise affine.not_representable(*divmod(index, spec.groups(columns)), spec)
+    if status == _NO_MEMORY:
+        raise MemoryError("libzaya_quant could not allocate its scratch memory")
+    if status != _OK:
+        raise RuntimeError(f"libzaya_quant returned status {status}")
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(f"libzaya_quant is not available: {reason}")
+    return library
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    # An editable install has two folders: the sources, and site-packages with what was built.
+    folders = [Path(folder) / "_native" for folder in zaya_quant.__path__]
+    candidates = [folder / name for folder in folders for name in _NAMES]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        return None, f"no library in {', '.join(map(str, folders))}"
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.zq_abi_version()
+    except (OSError, AttributeError) as error:
+        return None, f"{path} does not load: {error}"
+    if version != _ABI_VERSION:
+        return None, f"{path} has interface version {version}; this package needs {_ABI_VERSION}"
+    _declare(library)
+    return library, str(path)
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    signatures = {
+        "zq_best_isa": (i32, []),
+        "zq_quantize": (i32, [pointer, i32, pointer]),
+        "zq_pack": (i64, [pointer, pointer, i64, i64, i32]),
+        "zq_unpack": (None, [pointer, pointer, i64, i64, i32]),
+        "zq_absmax_span": (i64, [pointer, i32, i64, i64, i64, pointer]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments

@@ -1,0 +1,97 @@
+"""What is meant by a quantization: bits, group, symmetry and the type of the scale.
+
+A weight is a matrix ``[out, in]``. Every run of ``group_size`` consecutive inputs of one row
+shares one scale (and, when asymmetric, one zero point)::
+
+    value = (code - zero) * scale        zero = 0 when symmetric
+
+Bits per weight count what a file has to hold: the codes, one scale per group, and one zero point
+of ``bits`` bits per group when asymmetric.  int4, group 32, fp16 scale: 4 + 16/32 = 4.5.
+
+This module imports no torch, so that plans can be made without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+ALLOWED_BITS = (2, 3, 4, 5, 6, 8)
+PER_CHANNEL = -1
+SCALE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Bits, group, symmetry and scale type of one quantized matrix; invalid ones cannot exist."""
+
+    bits: int
+    group_size: int  # a positive multiple of 16, or -1: one group per row
+    symmetric: bool = True
+    scale_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.bits) or self.bits not in ALLOWED_BITS:
+            raise ValueError(f"bits is {self.bits!r}; allowed: {', '.join(map(str, ALLOWED_BITS))}")
+        grouped = _is_int(self.group_size) and self.group_size > 0 and self.group_size % 16 == 0
+        per_channel = _is_int(self.group_size) and self.group_size == PER_CHANNEL
+        if not grouped and not per_channel:
+            raise ValueError(
+                f"group_size is {self.group_size!r}; allowed: a positive multiple of 16, "
+                f"or {PER_CHANNEL} for one group per output channel"
+            )
+        if not isinstance(self.symmetric, bool):
+            raise ValueError(f"symmetric is {self.symmetric!r}; allowed: True, False")
+        if self.scale_dtype not in SCALE_BITS:
+            raise ValueError(
+                f"scale_dtype is {self.scale_dtype!r}; allowed: {', '.join(SCALE_BITS)}"
+            )
+
+    @property
+    def qmin(self) -> int:
+        """The smallest code."""
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+    def group_length(self, in_features: int) -> int:
+        """Inputs per group; the last group of a row may be shorter."""
+        if in_features < 1:
+            raise ValueError(f"in_features is {in_features}; it must be positive")
+        return in_features if self.group_size == PER_CHANNEL else self.group_size
+
+    def groups(self, in_features: int) -> int:
+        """Groups per row, a shorter last one counted."""
+        length = self.group_length(in_features)
+        return -(-in_features // length)
+
+    def bits_per_weight(self, out_features: int, in_features: int) -> float:
+        """Codes, scales and zero points, divided by the number of weights."""
+        if out_features < 1:
+            raise ValueError(f"out_features is {out_features}; it must be positive")
+        per_group = SCALE_BITS[self.scale_dtype] + (0 if self.symmetric else self.bits)
+        return self.bits + per_group * self.groups(in_features) / in_features
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON can hold them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantSpec:
+        """The inverse of ``to_dict``; unknown keys are refused."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(data) - set(known))
+        if unknown:
+            raise ValueError(f"unknown keys {unknown}; allowed: {', '.join(known)}")
+        missing = [name for name in ("bits", "group_size") if name not in data]
+        if missing:
+            raise ValueError(f"missing keys {missing}")
+        return cls(**data)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,38 @@
+"""What tests of the command line share: the outcome of a run, and a child's environment."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of the command line left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> dict[str, Any]:
+        """stdout, which must be one JSON object and nothing else."""
+        value = json.loads(self.out)
+        assert isinstance(value, dict)
+        return value
+
+
+class Zaya(Protocol):
+    """Run with these arguments."""
+
+    def __call__(self, *arguments: object) -> Run: ...
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """An environment that finds the package in a plain checkout and in an editable install."""
+    kept = {name: value for name, value in os.environ.items() if "ZAYA_CONVERT" not in name}
+    kept.pop("NO_COLOR", None)
+    roots = [str(ROOT / folder) for folder in (".", "quant", "kernels")]
+    return {**kept, "PYTHONPATH": os.pathsep.join(roots), "TERM": "xterm", **extra}

@@ -1,0 +1,208 @@
+"""Who may import whom: the architecture as a table, kept by reading every module's imports."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE_ROOTS = (ROOT, ROOT / "quant", ROOT / "kernels")
+OURS = ("zaya_convert", "zaya_quant", "zaya_kernels")
+
+_INDEX = ("zaya_convert.errors", "zaya_convert.headers", "zaya_convert.layout",
+          "zaya_convert.config", "zaya_convert.checkpoint")  # fmt: skip
+_NUMERICS = ("torch", "numpy")
+
+# Module or package → everything it may import besides itself, the standard library and, under
+# TYPE_CHECKING, types. The longest matching row counts. "x (lazy)": only inside functions.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "zaya_quant": _NUMERICS,
+    "zaya_quant.spec": (),
+    "zaya_kernels": ("zaya_quant.spec", "zaya_quant.qtensor", "torch", "triton (lazy)"),
+    # the index: headers only, no torch until a weight is read
+    "zaya_convert.errors": (),
+    "zaya_convert.headers": ("zaya_convert.errors",),
+    "zaya_convert.layout": (),
+    "zaya_convert.config": ("zaya_convert.errors",),
+    "zaya_convert.checkpoint": (*_INDEX, "torch (lazy)"),
+    "zaya_convert.models": (*_INDEX, "zaya_convert.export", "huggingface_hub (lazy)"),
+    "zaya_convert.inspect": (),
+    "zaya_convert.manifest": (*_INDEX, "zaya_convert"),
+    # from intent to plan
+    "zaya_convert.recipe": ("zaya_convert.errors", "zaya_convert.layout", "zaya_quant.spec"),
+    "zaya_convert.plan": (*_INDEX, "zaya_convert", "zaya_convert.recipe", "zaya_convert.export",
+                          "zaya_quant.spec", "zaya_quant.methods"),
+    "zaya_convert.card": (*_INDEX, "huggingface_hub (lazy)"),
+    "zaya_convert.publish": ("zaya_convert.errors",),
+    "zaya_convert.convert": (*_INDEX, *_NUMERICS, "zaya_convert", "zaya_convert.plan",
+                             "zaya_convert.card", "zaya_convert.manifest", "zaya_convert.publish",
+                             "zaya_convert.export", "zaya_quant"),
+    # formats: none knows another, except the parts two of them share
+    "zaya_convert.export": (*_INDEX,),
+    "zaya_convert.export.arrays": ("zaya_convert.headers",),
+    "zaya_convert.export.split": (*_INDEX, "zaya_convert", "zaya_convert.export.arrays",
+                                  "zaya_quant.spec"),
+    "zaya_convert.export.safetensors": ("zaya_convert.export.arrays",),
+    "zaya_convert.export.dense": (*_INDEX, "zaya_convert", "zaya_convert.export.arrays",
+                                  "torch (lazy)"),
+    "zaya_convert.export.compressed_tensors": (
+        *_INDEX, "zaya_convert.export", "zaya_convert.export.arrays", "zaya_convert.export.split",
+        "zaya_quant", "torch (lazy)"),
+    "zaya_convert.export.auto_round": (
+        *_INDEX, "zaya_convert.export", "zaya_convert.export.arrays", "zaya_convert.export.split",
+        "zaya_quant", "torch (lazy)"),
+    # running models and judging them
+    "zaya_convert.runtime": (*_INDEX, "torch", "zaya_quant", "zaya_kernels", "tokenizers",
+                             "tokenizers (lazy)", "jinja2", "jinja2 (lazy)"),
+    "zaya_convert.data": (*_INDEX, "torch", "zaya_convert.models", "zaya_convert.runtime"),
+    "zaya_convert.validate": (*_INDEX, "torch", "zaya_convert.data", "zaya_convert.runtime",
+                              "zaya_quant"),
+    "zaya_convert.report": ("rich (lazy)", "jinja2 (lazy)"),
+    "zaya_convert.rsa": ("zaya_convert.errors", "zaya_convert.runtime", "zaya_convert.config"),
+    "zaya_convert.oracle": (*_INDEX, "zaya_convert", "torch", "transformers",
+                            "transformers (lazy)", "zaya_quant", "zaya_convert.models",
+                            "zaya_convert.export"),
+    # what a person sees; nothing imports it
+    "zaya_convert.doctor": ("zaya_convert", "zaya_convert.models", "zaya_convert.recipe",
+                            "torch (lazy)", "zaya_quant (lazy)", "zaya_kernels (lazy)"),
+    "zaya_convert.cli": ("zaya_convert", "click", "zaya_convert.errors", "zaya_convert.models",
+                         "zaya_convert.recipe", "zaya_convert.inspect", "zaya_convert.manifest",
+                         "zaya_convert.export", "zaya_quant.spec", "zaya_quant.methods",
+                         "zaya_convert.doctor (lazy)", "zaya_convert.plan (lazy)",
+                         "zaya_convert.convert (lazy)", "zaya_convert.data (lazy)",
+                         "zaya_convert.validate (lazy)", "zaya_convert.report (lazy)",
+                         "zaya_convert.runtime (lazy)", "rich (lazy)", "torch (lazy)"),
+    "zaya_convert.__main__": ("zaya_convert.cli",),
+    "zaya_convert": (),
+}  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    """Every module of ours by its import name."""
+    found = {}
+    for root, package in zip(SOURCE_ROOTS, OURS, strict=True):
+        for path in sorted((root / package).rglob("*.py")):
+            name = ".".join(path.relative_to(root).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, bool, bool]]:
+    """(module, inside a function, for type checkers only) for every import statement."""
+
+    def walk(node: ast.AST, lazy: bool, types: bool) -> Iterator[tuple[str, bool, bool]]:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, lazy, types) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            for alias in node.names:  # "from package import module" imports the module
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else node.module, lazy, types
+        lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            types = True
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, lazy, types)
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")), False, False)
+
+
+def covers(row: str, name: str) -> bool:
+    """Whether ``name`` is ``row`` or lies in it; the top package stands for itself alone."""
+    return name == row or (row != "zaya_convert" and name.startswith(row + "."))
+
+
+def row_of(module: str) -> str:
+    """The row of ``ALLOWED`` that speaks of a module."""
+    rows = [r for r in ALLOWED if module == r or module.startswith(r + ".")]
+    return max(rows, key=len)
+
+
+def violations(module: str, path: Path) -> list[str]:
+    own = row_of(module)
+    allowed = ALLOWED[own]
+    eager = [row for row in allowed if not row.endswith("(lazy)")]
+    lazily = [row.removesuffix(" (lazy)") for row in allowed]
+    found = []
+    for name, lazy, types in imports_of(path):
+        inside = covers(own, name) and own not in ("zaya_convert", "zaya_convert.export")
+        if name.partition(".")[0] in sys.stdlib_module_names or inside or types:
+            continue
+        if not any(covers(row, name) for row in (lazily if lazy else eager)):
+            found.append(f"{module} imports {name}{' lazily' if lazy else ''}")
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_follow_the_table(module: str) -> None:
+    assert not violations(module, MODULES[module])
+
+
+def test_every_row_speaks_of_a_module() -> None:
+    future = {"zaya_convert.oracle"}  # until it is written
+    assert not {row for row in ALLOWED if row not in MODULES} - future
+
+
+def test_nothing_but_the_entry_imports_the_command_line() -> None:
+    importers = {
+        module
+        for module, path in MODULES.items()
+        for name, *_ in imports_of(path)
+        if covers("zaya_convert.cli", name) and not covers("zaya_convert.cli", module)
+    }
+    assert importers == {"zaya_convert.__main__"}
+
+
+def test_the_table_can_fail(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("import torch\nfrom zaya_convert.cli import main\nimport json\n")
+    assert len(violations("zaya_convert.plan", wrong)) == 2
+    wrong.write_text("def f():\n    import torch\n")
+    assert not violations("zaya_convert.checkpoint", wrong)
+    assert violations("zaya_convert.plan", wrong)
+
+
+def run_python(script: str) -> str:
+    """Run in the repository root with the source roots first, as an IDE or a bare pytest would."""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": ":".join(map(str, SOURCE_ROOTS)), "PATH": ""},
+    )
+    return done.stdout
+
+
+LIGHT = ("errors", "headers", "layout", "config", "checkpoint", "models", "recipe", "plan",
+         "report", "manifest", "inspect", "publish")  # fmt: skip
+
+
+def test_the_index_and_the_plan_import_no_torch() -> None:
+    lines = [f"import zaya_convert.{name}" for name in LIGHT]
+    script = "\n".join([*lines, "import sys; print('torch' in sys.modules)"])
+    assert run_python(script) == "False\n"
+
+
+def test_transformers_imports_with_our_repository_first_on_the_path() -> None:
+    pytest.importorskip("transformers")
+    script = (
+        "import transformers.models.zaya.modeling_zaya as m, sys;"
+        "print(getattr(sys.modules.get('kernels'), '__file__', None))"
+    )
+    shown = run_python(script).strip()
+    assert not shown.startswith(str(ROOT)), shown
+
+
+def test_source_roots_are_no_packages() -> None:
+    for folder in ("quant", "kernels", "recipes", "tests"):
+        assert not (ROOT / folder / "__init__.py").exists()
+    assert not list((ROOT / "recipes").glob("*.py"))

@@ -1,0 +1,349 @@
+"""Trains `zaya1-tiny`: ``python tools/tiny/train.py --out DIR --seed 0`` reruns everything.
+
+Learning rate: warm-up, a plateau on clean traces, then a decay to zero in which single traces carry
+slips and aggregation gets more room. Load balancing is free of any loss, as in ZAYA: after every
+step each router's balancing biases move towards the target load, which gives the skip expert its
+few per cent. Batches depend on the seed and the step alone, so ``--resume`` continues the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import ZayaConfig, ZayaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.tiny.batches import POOL_STEPS, Batch, Mix, batch_of, pool_of_batches  # noqa: E402
+from tools.tiny.data import aggregation_example, single_example  # noqa: E402
+from tools.tiny.fast import FastForward, difference_from_transformers  # noqa: E402
+from tools.tiny.package import write_package  # noqa: E402
+from tools.tiny.prose import prose_example  # noqa: E402
+from tools.tiny.tokenizer import (  # noqa: E402
+    BOS_ID,
+    IM_END_ID,
+    PAD_ID,
+    VOCAB_ROWS,
+    build_tokenizer,
+)
+
+CONTEXT = 2048
+SKIP_LOAD = 0.04
+
+PLATEAU = Mix(1600, 1400, 0.06, 0.5, slip_rate=0.0, error_rate=0.08)
+DECAY = Mix(1500, 1700, 0.08, 0.4, slip_rate=0.06, error_rate=0.08)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a run."""
+
+    seed: int = 0
+    steps: int = 4800
+    decay_share: float = 0.25
+    warmup: int = 80
+    learning_rate: float = 2.5e-3
+    weight_decay: float = 0.05
+    balance_rate: float = 4e-3
+
+    @property
+    def decay_from(self) -> int:
+        """The first step of the decay, at the start of a pool of batches."""
+        return round(self.steps * (1 - self.decay_share) / POOL_STEPS) * POOL_STEPS
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate's factor: linear warm-up, plateau, cosine to zero."""
+        if step < self.decay_from:
+            return min(1.0, (step + 1) / self.warmup)
+        progress = (step - self.decay_from) / max(1, self.steps - self.decay_from)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def model_config() -> ZayaConfig:
+    """The real architecture at widths of 256."""
+    return ZayaConfig(
+        vocab_size=VOCAB_ROWS,
+        hidden_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=16,
+        moe_intermediate_size=256,
+        router_hidden_size=256,
+        max_position_embeddings=CONTEXT,
+        pad_token_id=PAD_ID,
+        bos_token_id=BOS_ID,
+        eos_token_id=IM_END_ID,
+        architectures=["ZayaForCausalLM"],
+        dtype="bfloat16",
+    )
+
+
+def fresh_model(seed: int) -> ZayaForCausalLM:
+    """A model whose every path is alive at the first step."""
+    torch.manual_seed(seed)
+    model = ZayaForCausalLM(model_config()).float()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and "embed" not in name:
+                weight.normal_(std=weight.shape[1] ** -0.5)
+            if name.endswith("out_proj.weight"):
+                weight.mul_(4.0)  # choices must differ between tokens before biases can balance
+            elif name.endswith("experts.gate_up_proj"):
+                weight.normal_(std=weight.shape[2] ** -0.5)
+            elif name.endswith(("experts.down_proj", "o_proj.weight")):
+                weight.normal_(std=0.5 * weight.shape[-1] ** -0.5)
+            elif name.endswith("embed_tokens.weight"):
+                weight.normal_(std=0.04)
+            elif name.endswith("input_hidden_states_scale"):
+                weight.fill_(12.0)
+            elif name.endswith("temp"):
+                weight.fill_(1.5)
+        for biases in balancing_biases(model):
+            biases.zero_()
+    return model
+
+
+def balancing_biases(model: ZayaForCausalLM) -> list[Tensor]:
+    """The biases of every router, bottom layer first."""
+    return [layer.mlp.gate.balancing_biases for layer in cast(Any, model.model.layers)]
+
+
+def target_loads(experts: int) -> Tensor:
+    """The wanted share of tokens of every expert, the skip expert last."""
+    return torch.tensor([(1 - SKIP_LOAD) / experts] * experts + [SKIP_LOAD])
+
+
+def corpus_tokenizer(seed: int) -> Tokenizer:
+    """The tokenizer, learned from a sample of the training mix."""
+    rng = random.Random(f"{seed}:tokenizer")
+    examples = [single_example(rng, "train", 0.0) for _ in range(3000)]
+    examples += [aggregation_example(rng, "train", 0.0, 0.1, n % 2) for n in range(2000)]
+    examples += [prose_example(rng, "train") for _ in range(2000)]
+    return build_tokenizer(example.text for example in examples)
+
+
+def loss_of(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross entropy of the next token, weighted."""
+    weights = batch.weights[:, 1:].flatten()
+    targets = batch.ids[:, 1:].flatten()
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="none")
+    return (losses * weights).sum() / weights.sum()
+
+
+@torch.no_grad()
+def trace_probability(forward: FastForward, batch: Batch) -> tuple[float, float]:
+    """Of clean traces: the mean probability of the whole response, and the share greedy gets right.
+
+    The first is what sampling at temperature 1 scores, but for lucky double errors.
+    """
+    logits = forward(batch.ids)[0][:, :-1].log_softmax(-1)
+    targets = batch.ids[:, 1:]
+    learned = batch.weights[:, 1:] == 1.0
+    chosen = logits.gather(2, targets[..., None])[..., 0]
+    sampled = (chosen * learned).sum(1).exp().mean()
+    greedy = ((logits.argmax(-1) == targets) | ~learned).all(1).float().mean()
+    return float(sampled), float(greedy)
+
+
+class Trainer:
+    """Model, optimizer and step counter of a run; saved and restored as one file.
+
+    With two workers each takes one batch of a step and the gradients are averaged: two processes of
+    one thread outrun two threads, whose every small product waits for the slower of them.
+    """
+
+    def __init__(self, settings: Settings, out: Path, rank: int = 0, workers: int = 1) -> None:
+        self.settings = settings
+        self.rank = rank
+        self.workers = workers
+        self.out = out
+        self.step = 0
+        self.tokens = 0
+        self.tokenizer = corpus_tokenizer(settings.seed)
+        self.model = fresh_model(settings.seed)
+        self.forward = FastForward(self.model, torch.bfloat16)
+        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
+        vectors = [p for p in self.model.parameters() if p.dim() < 2]
+        groups = [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True
+        )
+        parameters = [p for group in groups for p in cast(list[Tensor], group["params"])]
+        self.gradient = torch.zeros(sum(p.numel() for p in parameters))
+        for p, part in zip(
+            parameters, self.gradient.split([p.numel() for p in parameters]), strict=True
+        ):
+            p.grad = part.view_as(p)
+        self.loads = [target_loads(16) for _ in balancing_biases(self.model)]
+
+    def save(self) -> None:
+        """Writes the whole state, replacing the last one only when it is complete."""
+        state = {
+            "settings": asdict(self.settings),
+            "step": self.step,
+            "tokens": self.tokens,
+            "loads": self.loads,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        partial = self.out / "state.partial"
+        torch.save(state, partial)
+        partial.replace(self.out / "state.pt")
+
+    def restore(self, path: Path) -> None:
+        """Continues from a saved state; settings such as the number of steps may differ."""
+        state = torch.load(path)
+        self.step, self.tokens, self.loads = state["step"], state["tokens"], state["loads"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def train_step(self, batches: tuple[Batch, Batch]) -> list[float]:
+        """One update; the loss of each batch."""
+        factor = self.settings.rate_at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * factor
+        counts = torch.zeros(len(self.loads), 17)
+        losses = torch.zeros(len(batches))
+        for place in range(self.rank, len(batches), self.workers):
+            batch = batches[place]
+            logits, choices = self.forward(batch.ids)
+            loss = loss_of(logits, batch)
+            (loss / len(batches)).backward()
+            losses[place] = loss.detach()
+            real = (batch.ids != PAD_ID).flatten()
+            for count, choice in zip(counts, choices, strict=True):
+                count += torch.bincount(choice[real], minlength=17)
+        if self.workers > 1:
+            for shared in (self.gradient, counts, losses):
+                dist.all_reduce(shared)
+        self.tokens += int(counts[0].sum())
+        self.gradient /= max(1.0, float(self.gradient.norm()))
+        self.optimizer.step()
+        self.gradient.zero_()
+        boost = 5.0 if self.step < 200 else 1.0  # from nothing to balanced, then gently
+        self.balance(counts, boost * max(factor, 0.1))
+        self.step += 1
+        return losses.tolist()
+
+    def balance(self, counts: Tensor, factor: float) -> None:
+        """Moves every bias by how far its expert's load is from the target, in parts of it."""
+        for biases, load, count in zip(
+            balancing_biases(self.model), self.loads, counts, strict=True
+        ):
+            load.lerp_(count / count.sum(), 0.2)
+            target = target_loads(len(load) - 1)
+            error = ((target - load) / target).clamp(-1, 1)
+            biases += self.settings.balance_rate * factor * error
+            biases -= biases[:-1].mean()  # only differences matter; keep them centred on the experts
+
+
+def probe_batches(tokenizer: Tokenizer) -> dict[str, Batch]:
+    """Held-out examples without slips, to follow what a step has learned."""
+    rng = random.Random("probe")
+    singles = [single_example(rng, "validation", 0.0) for _ in range(32)]
+    tails = [aggregation_example(rng, "validation", 0.0, 0.08) for _ in range(16)]
+    drill = [aggregation_example(rng, "validation", 0.0, 0.08, 2) for _ in range(16)]
+    return {
+        "single": batch_of(tokenizer, singles),
+        "aggregate": batch_of(tokenizer, tails),
+        "drill": batch_of(tokenizer, drill),
+    }
+
+
+def run(trainer: Trainer, log_every: int) -> None:
+    """Trains to the last step, logging to `log.jsonl` and saving on the way."""
+    settings, started = trainer.settings, time.monotonic()
+    probes = probe_batches(trainer.tokenizer)
+    tokens_before = trainer.tokens
+    pool: list[tuple[Batch, Batch]] = []
+    while trainer.step < settings.steps:
+        index = trainer.step % POOL_STEPS
+        if index == 0 or not pool:
+            mix = PLATEAU if trainer.step < settings.decay_from else DECAY
+            number = trainer.step // POOL_STEPS
+            pool = pool_of_batches(trainer.tokenizer, mix, settings.seed, number)
+        losses = trainer.train_step(pool[index])
+        due = trainer.step % log_every == 0 or trainer.step == settings.steps
+        if due and trainer.rank == 0:
+            seconds = time.monotonic() - started
+            row: dict[str, Any] = {
+                "step": trainer.step,
+                "tokens": trainer.tokens,
+                "tokens_per_second": round((trainer.tokens - tokens_before) / seconds),
+                "losses": [round(loss, 4) for loss in losses],
+                "load_min": [round(float(load[:-1].min()), 4) for load in trainer.loads],
+                "load_skip": [round(float(load[-1]), 4) for load in trainer.loads],
+            }
+            for name, batch in probes.items():
+                row[name] = [round(x, 3) for x in trace_probability(trainer.forward, batch)]
+            with (trainer.out / "log.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            trainer.save()
+
+
+def work(rank: int, arguments: argparse.Namespace, meeting: str) -> None:
+    """One worker's whole run; the first writes what there is to write."""
+    torch.set_num_threads(1)
+    if arguments.workers > 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=arguments.workers
+        )
+    settings = Settings(seed=arguments.seed, steps=arguments.steps)
+    trainer = Trainer(settings, arguments.out, rank, arguments.workers)
+    if rank == 0:
+        check_forward(trainer.model)
+    if arguments.resume:
+        trainer.restore(arguments.resume)
+    run(trainer, arguments.log_every)
+    if rank == 0:
+        folder = arguments.out / "zaya1-tiny"
+        write_package(trainer.model, trainer.tokenizer, folder, arguments.seed)
+
+
+def check_forward(model: ZayaForCausalLM) -> None:
+    """Stops a run whose forward is not the model's."""
+    ids = torch.randint(8, 600, (2, 64), generator=torch.Generator().manual_seed(0))
+    difference = difference_from_transformers(model, ids)
+    if difference > 1e-4:
+        raise SystemExit(f"the training forward differs from transformers by {difference:.1e}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--workers", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--log-every", type=int, default=100)
+    parser.add_argument("--resume", type=Path, help="a state.pt to continue from")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, args=(arguments, f"{folder}/meeting"), nprocs=arguments.workers)
+
+
+if __name__ == "__main__":
+    main()

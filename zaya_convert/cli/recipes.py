@@ -1,0 +1,25 @@
+"""``recipes``: what there is to choose from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from zaya_convert import recipe
+from zaya_convert.cli.output import Output, output_options, table
+
+
+@click.command("recipes")
+@click.argument("name", required=False)
+@output_options
+def command(name: str | None, out: Output) -> None:
+    """List the shipped recipes, or print NAME as commented TOML to start your own from."""
+    if name is None:
+        found = [recipe.load(known) for known in recipe.shipped()]
+        rows = [(entry.name, entry.description) for entry in found]
+        out.result({"recipes": [entry.to_dict() for entry in found]}, table(rows))
+        return
+    loaded = recipe.load(name)  # refuses unknown names and mistakes
+    text = recipe.shipped().get(name, Path(name)).read_text(encoding="utf-8")
+    out.result(loaded.to_dict() | {"toml": text}, text)

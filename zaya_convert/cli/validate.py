@@ -1,0 +1,116 @@
+"""``validate``: the proof."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zaya_convert import models
+from zaya_convert.cli.output import Output, output_options
+from zaya_convert.cli.params import MODEL
+from zaya_convert.cli.progress import stages_bar
+from zaya_convert.errors import UsageError, ValidationFailed
+
+if TYPE_CHECKING:
+    from zaya_convert.checkpoint import Checkpoint
+    from zaya_convert.validate import Report
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_SHARE = click.FloatRange(0, 1)
+_POSITIVE = click.FloatRange(0)
+
+
+@click.command("validate")
+@click.argument("candidate", type=MODEL)
+@click.option(
+    "--reference",
+    type=MODEL,
+    help="Default: the bundled checkpoint, for artifacts made from it.",
+)
+@click.option(
+    "--data",
+    type=click.Path(),
+    help="Text (.txt, .jsonl) or token ids to compare on. Default: the bundled held-out text.",
+)
+@click.option("--tokens", type=click.IntRange(2), default=4096, show_default=True)
+@click.option("--sequence-length", type=click.IntRange(2), default=512, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of random tokens.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="float32 measures the quantization alone, bfloat16 how people run it.",
+)
+@click.option("--max-kl", type=_POSITIVE, help="Largest mean KL divergence, in nats.")
+@click.option("--max-kl-p99", type=_POSITIVE, help="Largest 99th percentile of it.")
+@click.option("--min-top1", type=_SHARE, help="Smallest share of equal best tokens.")
+@click.option("--min-router", type=_SHARE, help="Smallest share of equal expert choices.")
+@click.option("--max-perplexity-ratio", type=_POSITIVE, help="Candidate over reference.")
+@click.option("--report", "html", type=_FILE, help="Write an HTML report.")
+@click.option("--junit", type=_FILE, help="Write JUnit XML.")
+@output_options
+def command(
+    candidate: str,
+    reference: str | None,
+    data: str | None,
+    tokens: int,
+    sequence_length: int,
+    seed: int,
+    dtype: str,
+    html: Path | None,
+    junit: Path | None,
+    out: Output,
+    **bounds: float | None,
+) -> None:
+    """Compare CANDIDATE with its reference on the same tokens, and print the proof.
+
+    Exit code 4 when a bound that was asked for is not kept.
+    """
+    opened = models.open_model(candidate)
+    original = _reference(opened, reference, out)
+    for path in filter(None, (html, junit)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    from zaya_convert.data import load_sequences
+    from zaya_convert.validate import Bounds, validate
+
+    sequences = load_sequences(original, data, tokens=tokens, length=sequence_length, seed=seed)
+    with stages_bar(out) as progress:
+        report = validate(
+            original, opened, sequences, dtype=dtype, bounds=Bounds(**bounds), progress=progress
+        )
+    _publish(report, html, junit, out)
+
+
+def _reference(candidate: Checkpoint, name: str | None, out: Output) -> Checkpoint:
+    if name is not None:
+        return models.open_model(name)
+    source = candidate.manifest.get("source")
+    known = source.get("model") if isinstance(source, Mapping) else None
+    if known != models.BUNDLED.name:
+        hint = f" (it was made from {known})" if known else ""
+        raise UsageError(f"pass --reference MODEL: the model the candidate was made from{hint}")
+    out.note(f"reference: the bundled checkpoint {models.BUNDLED.name}")
+    return models.open_model(None)
+
+
+def _publish(report: Report, html: Path | None, junit: Path | None, out: Output) -> None:
+    from zaya_convert import report as reports
+
+    if html:
+        html.write_text(reports.to_html(report), encoding="utf-8")
+    if junit:
+        junit.write_text(reports.to_junit(report), encoding="utf-8")
+    color = click.get_current_context().color is not False and _tty()
+    facts: dict[str, Any] = reports.to_json(report)
+    out.result(facts, reports.to_text(report, color=color))
+    if report.verdict != "pass":
+        failed = [reports.check_line(check) for check in report.checks if not check.passed]
+        raise ValidationFailed("validation failed: " + "; ".join(failed))
+
+
+def _tty() -> bool:
+    return click.get_text_stream("stdout").isatty()

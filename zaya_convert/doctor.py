@@ -1,0 +1,119 @@
+"""What this machine offers: versions, optional packages, devices, native code, kernels, room."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from zaya_convert import __version__, models, recipe
+
+REQUIRED = ("torch", "numpy", "tokenizers", "jinja2", "huggingface_hub", "click", "rich")
+
+# extra → the packages it brings and what they are for
+EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
+    "oracle": (
+        ("transformers", "accelerate", "compressed-tensors"),
+        "transformers as an independent reference, and reading artifacts with it",
+    ),
+}
+
+# What makes a difference to our code, as the kernel names it (x86 and arm)
+_CPU_FLAGS = (
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "avx512_bf16",
+    "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve",
+)  # fmt: skip
+
+
+def examine() -> dict[str, Any]:
+    """All findings; what cannot be found out says why instead of failing."""
+    return {
+        "zaya_convert": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in REQUIRED},
+        "extras": [_extra(name) for name in EXTRAS],
+        "cpu": {"cores": os.cpu_count(), "memory_bytes": _memory(), "features": _cpu_features()},
+        "devices": _devices(),
+        "native": _native(),
+        "kernels": _kernels(),
+        "bundled_checkpoint": (models.BUNDLED / "config.json").is_file(),
+        "recipes": list(recipe.shipped()),
+        "free_bytes": shutil.disk_usage(Path.cwd()).free,
+    }
+
+
+def version(package: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _extra(name: str) -> dict[str, Any]:
+    packages, purpose = EXTRAS[name]
+    found = {package: version(package) for package in packages}
+    complete = all(found.values())
+    return {
+        "name": name,
+        "purpose": purpose,
+        "packages": found,
+        "install": None if complete else f"pip install 'zaya-convert[{name}]'",
+    }
+
+
+def _cpu_features() -> list[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    lines = [line for line in text.splitlines() if line.lower().startswith(("flags", "features"))]
+    flags = set(lines[0].split()) if lines else set()
+    return [flag for flag in _CPU_FLAGS if flag in flags]
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    try:
+        import torch
+    except ImportError as error:
+        return [{"name": "cpu", "detail": f"torch does not import: {error}"}]
+    found: list[dict[str, Any]] = [
+        {"name": "cpu", "detail": f"torch uses {torch.backends.cpu.get_cpu_capability()}"}
+    ]
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        found.append(
+            {"name": f"cuda:{index}", "detail": facts.name, "memory_bytes": facts.total_memory}
+        )
+    return found
+
+
+def _native() -> dict[str, Any]:
+    """The native quantizer: in use or not, with the place or the reason."""
+    try:
+        from zaya_quant import native
+
+        available, detail = native.available()
+        return {"available": available, "isa": native.isa(), "detail": detail}
+    except ImportError as error:
+        return {"available": False, "isa": "reference", "detail": str(error)}
+
+
+def _kernels() -> list[dict[str, str]]:
+    try:
+        from zaya_kernels.table import explain
+
+        return [{"op": op, "kernel": name, "status": why} for op, name, why in explain()]
+    except (ImportError, ValueError) as error:  # ValueError: the environment forces a bad one
+        return [{"op": "all", "kernel": "none", "status": str(error)}]

@@ -1,0 +1,1 @@
+"""Markovian Recursive Self-Aggregation: prompts, the sampling loop and the parity test."""

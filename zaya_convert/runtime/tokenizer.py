@@ -1,0 +1,234 @@
+"""``Tokenizer``: a model folder's own tokenizer, chat template and stop tokens.
+
+Nothing about ZAYA1's prompt format is written here: ``tokenizer.json``, ``tokenizer_config.json``
+and the chat template of the folder say it all. The template is code from a stranger, so it runs in
+jinja's sandbox, with the helpers that transformers' templates expect.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from zaya_convert.checkpoint import read_json, read_small
+from zaya_convert.errors import InputError
+
+_SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
+_REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character (yet)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text ⇄ token ids.
+
+    Attributes:
+        backend: the parsed ``tokenizer.json``.
+        specials: ``bos_token`` and friends as text, those that the folder names.
+        template: the chat template's source, "" when there is none.
+        stop_ids: tokens that end a generation.
+    """
+
+    backend: tokenizers.Tokenizer
+    specials: Mapping[str, str]
+    template: str
+    stop_ids: frozenset[int]
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read the tokenizer of a model folder.
+
+        Raises:
+            InputError: there is none, or one of its files is damaged.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise InputError(
+                "has no tokenizer.json; copy it from the model's original folder", str(folder)
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_str(read_small(path).decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"cannot be parsed ({error})", path.name) from None
+        settings = _optional(folder, "tokenizer_config.json")
+        names = _optional(folder, "special_tokens_map.json") | settings
+        specials = {name: _text(names[name]) for name in _SPECIALS if names.get(name)}
+        return cls(backend, specials, _template(folder, settings), _stop_ids(folder))
+
+    @property
+    def size(self) -> int:
+        """Number of tokens, added ones included; a model may have more embedding rows."""
+        return self.backend.get_vocab_size()
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins every text, if the folder names one."""
+        return self.backend.token_to_id(self.specials.get("bos_token", ""))
+
+    def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            add_bos: begin with BOS (never twice) or without; None does what ``tokenizer.json``
+                says, which is what the model was trained with.
+        """
+        if add_bos is None:
+            return self.backend.encode(text).ids
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        if add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids = [self.bos_id, *ids]
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of some token ids."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def stream(self, skip_special: bool = True) -> TextStream:
+        """A decoder for tokens that arrive one at a time."""
+        return TextStream(self, skip_special)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """Token ids of a conversation as the chat template lays it out.
+
+        The template writes BOS itself where the model wants one, so none is added.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each.
+            add_generation_prompt: end with the opening of the assistant's turn.
+            variables: passed on to the template (``enable_thinking`` and the like).
+
+        Raises:
+            InputError: no template, or it refuses the conversation.
+        """
+        text = self.render(messages, add_generation_prompt, **variables)
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The text behind ``chat``."""
+        if not self.template:
+            raise InputError("this model has no chat template; give it plain text instead")
+        try:
+            return (
+                _environment()
+                .from_string(self.template)
+                .render(
+                    messages=messages,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.specials,
+                    **variables,
+                )
+            )
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise InputError(f"the chat template failed: {error}") from None
+
+
+class TextStream:
+    """Turns tokens into text as they come; what it returns never ends within a character."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special
+        # Text of the ids before ``_done`` is out; they are kept as context, because decoders
+        # treat the first token of a text differently.
+        self._ids: list[int] = []
+        self._done = 0
+
+    def push(self, token: int) -> str:
+        """The text that ``token`` completes; "" while a character is incomplete."""
+        self._ids.append(token)
+        return self._new_text(final=False)
+
+    def flush(self) -> str:
+        """What is left at the end, incomplete characters as U+FFFD."""
+        return self._new_text(final=True)
+
+    def _new_text(self, final: bool) -> str:
+        before = self._tokenizer.decode(self._ids[: self._done], self._skip)
+        text = self._tokenizer.decode(self._ids, self._skip)
+        if not final and text.endswith(_REPLACEMENT):
+            return ""
+        self._ids = self._ids[self._done :]
+        self._done = len(self._ids)
+        return text[len(before) :]
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks assistant text for trainers; here it is transparent."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja reads the class attribute)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    # jinja's own filter escapes HTML, which prompts must not be.
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise(message: str) -> str:
+    raise TemplateError(message)
+
+
+def _optional(folder: Path, name: str) -> dict[str, Any]:
+    return read_json(folder / name) if (folder / name).is_file() else {}
+
+
+def _text(token: Any) -> str:
+    """A special token's text, stored as a string or as an object with ``content``."""
+    return str(token.get("content", "")) if isinstance(token, dict) else str(token)
+
+
+def _template(folder: Path, settings: Mapping[str, Any]) -> str:
+    """The chat template, from the newest of the places where folders keep it."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return read_small(path).decode("utf-8", errors="replace")
+    found = _optional(folder, "chat_template.json").get("chat_template")
+    found = found or settings.get("chat_template") or ""
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found}
+        found = named.get("default") or ""
+    if not isinstance(found, str):
+        raise InputError("chat_template must be text", "tokenizer_config.json")
+    return found
+
+
+def _stop_ids(folder: Path) -> frozenset[int]:
+    """``eos_token_id`` of generation_config.json, else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        value = _optional(folder, name).get("eos_token_id")
+        ids: Iterable[Any] = value if isinstance(value, list) else [value]
+        found = frozenset(i for i in ids if type(i) is int)
+        if found:
+            return found
+    return frozenset()

@@ -1,0 +1,166 @@
+"""Weights on their way into the runtime: kept in memory, or read when a layer runs and dropped.
+
+Streaming keeps about one layer's float part and one expert at a time, gathers embedding rows by
+reading those rows only and walks the head in blocks of vocabulary, so that a model larger than
+memory can be evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from zaya_convert.checkpoint import Checkpoint, Piece
+from zaya_convert.errors import InputError
+from zaya_convert.layout import TensorKey
+from zaya_kernels.reference import Expert, Weight
+from zaya_quant.qtensor import QuantTensor
+
+Parts = Mapping[str, Tensor]
+
+# The router adds these to fp32 probabilities whatever the dtype of the model.
+_ALWAYS_FP32 = ("mlp.gate.balancing_biases",)
+_EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
+_HEAD_BLOCK_BYTES = 64 << 20
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Weights:
+    """A checkpoint's tensors in the dtypes of the run, cached when ``resident``.
+
+    Attributes:
+        dtype: of activations and of everything that is applied element by element.
+        matrix_dtype: of matrices; wider than ``dtype`` in the exact mode.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        matrix_dtype: torch.dtype,
+        resident: bool,
+    ) -> None:
+        self.checkpoint, self.resident = checkpoint, resident
+        self.dtype, self.matrix_dtype = dtype, matrix_dtype
+        self._keys: dict[int, list[TensorKey]] = {}
+        for key in checkpoint.infos:
+            if key.expert < 0:
+                self._keys.setdefault(key.layer, []).append(key)
+        self._layers: dict[int, Parts] = {}
+        self._experts: dict[tuple[int, int], Expert] = {}
+        self._matrices: dict[str, Weight] = {}
+        self._vectors = {
+            key.part: self._read(key)
+            for key in self._keys[-1]
+            if len(checkpoint.infos[key].shape) == 1
+        }
+
+    @property
+    def head_part(self) -> str:
+        """The matrix the hidden state meets last."""
+        return "embed_tokens.weight" if self.checkpoint.config.tied else "lm_head.weight"
+
+    def vector(self, part: str) -> Tensor | None:
+        """A one-dimensional tensor of the whole model, or None when the model has none."""
+        return self._vectors.get(part)
+
+    def layer(self, index: int) -> Parts:
+        """Every tensor of one layer but its experts, by part name."""
+        if index in self._layers:
+            return self._layers[index]
+        parts = {key.part: self._read(key) for key in self._keys[index]}
+        if self.resident:
+            self._layers[index] = parts
+        return parts
+
+    def expert(self, layer: int, index: int) -> Expert:
+        """The matrices of one expert, dequantized."""
+        found = self._experts.get((layer, index))
+        if found is None:
+            names = (f"mlp.experts.{name}.weight" for name in _EXPERT_PARTS)
+            found = Expert(*(self._read(TensorKey(layer, name, index)) for name in names))
+            if self.resident:
+                self._experts[layer, index] = found
+        return found
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embedding rows: ids [n] → [n, d].
+
+        Raises:
+            InputError: an id is outside the embedding.
+        """
+        part = "embed_tokens.weight"
+        rows = self.checkpoint.config.vocab_rows
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+            raise InputError(f"token ids must lie in 0..{rows - 1}; is this the right tokenizer?")
+        held = self._held(part)
+        if isinstance(held, Tensor):
+            return held[ids].to(self.dtype)
+        used, places = torch.unique(ids, return_inverse=True)
+        return torch.cat(list(self._rows(part, used.tolist(), 1)))[places].to(self.dtype)
+
+    def head_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """The head in blocks of rows: (first row, [rows, d])."""
+        part = self.head_part
+        total, width = self.checkpoint.infos[TensorKey(-1, part)].shape
+        size = max(1, _HEAD_BLOCK_BYTES // (width * self.matrix_dtype.itemsize))
+        starts = range(0, total, total if self.resident else size)
+        return zip(starts, self._rows(part, starts, starts.step), strict=True)
+
+    def _held(self, part: str) -> Weight | None:
+        """A matrix of the whole model, or None when its rows are to be read as they are needed.
+
+        Quantized ones are held as codes even when streaming: formats differ in where rows lie.
+        """
+        key = TensorKey(-1, part)
+        if part not in self._matrices and (self.resident or self.checkpoint.infos[key].spec):
+            self._matrices[part] = self._read(key) if self.resident else self.checkpoint.read(key)
+        return self._matrices.get(part)
+
+    def _rows(self, part: str, starts: Iterable[int], count: int) -> Iterator[Tensor]:
+        """Rows [start, start + count) of a matrix for each start, as floats."""
+        held = self._held(part)
+        if held is None:
+            piece = self.checkpoint.infos[TensorKey(-1, part)].pieces[""]
+            yield from (rows.to(self.matrix_dtype) for rows in _read_rows(piece, starts, count))
+            return
+        for start in starts:
+            if isinstance(held, Tensor):
+                yield held[start : start + count]
+            else:
+                yield (
+                    _cut(held, slice(start, start + count))
+                    .dequantize(self.dtype)
+                    .to(self.matrix_dtype)
+                )
+
+    def _read(self, key: TensorKey) -> Tensor:
+        if key.part in _ALWAYS_FP32:
+            return self.checkpoint.read_float(key, torch.float32)
+        value = self.checkpoint.read_float(key, self.dtype)
+        return value.to(self.matrix_dtype) if value.ndim == 2 else value
+
+
+def _cut(matrix: QuantTensor, rows: slice) -> QuantTensor:
+    """Some rows of a quantized matrix."""
+    zeros = None if matrix.zeros is None else matrix.zeros[rows]
+    return QuantTensor(matrix.codes[rows], matrix.scales[rows], zeros, matrix.spec)
+
+
+def _read_rows(piece: Piece, starts: Iterable[int], count: int) -> Iterator[Tensor]:
+    """Rows [start, start + count) of a float matrix on disk for each start, cut at its end."""
+    dtype, (total, width) = _DTYPES[piece.dtype], piece.shape
+    stride = width * dtype.itemsize
+    try:
+        with piece.file.open("rb") as file:
+            for start in starts:
+                size = min(count, total - start) * stride
+                file.seek(piece.begin + start * stride)
+                raw = bytearray(file.read(size))
+                if len(raw) < size:
+                    raise InputError("shrank while it was read", piece.file.name)
+                yield torch.frombuffer(raw, dtype=dtype).view(-1, width)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", piece.file.name) from None

@@ -1,0 +1,273 @@
+"""The proof: a candidate against its reference, on the same tokens.
+
+Both models run in the reference runtime with weights streamed from disk, so a model larger than
+memory can be judged. KL divergence is the measure to trust; perplexity can hide damage, and a
+router that chooses another expert is what breaks a top-1 mixture, so routing is compared too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from zaya_convert.checkpoint import Checkpoint, SourceDigest
+from zaya_convert.data import Sequences
+from zaya_convert.errors import InputError
+from zaya_convert.layout import PART_BY_NAME, TensorKey
+from zaya_convert.runtime.model import Evaluation, Model
+from zaya_quant.metrics import kl_divergence, perplexity_from_nll, sqnr_db_from_energy
+
+# (what, done, of)
+Progress = Callable[[str, int, int], None]
+
+_HEAD_ROWS = 256  # rows of logits held at once; the head is read once per such block
+_KL_ROWS = 16  # rows in float64 at once
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Limits a candidate must keep; None asks nothing. KL in nats, the others as shares."""
+
+    max_kl: float | None = None
+    max_kl_p99: float | None = None
+    min_top1: float | None = None
+    min_router: float | None = None
+    max_perplexity_ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One condition and how it turned out; ``limit`` is None for conditions that always hold."""
+
+    name: str
+    value: float
+    limit: float | None
+    passed: bool
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """Signal-to-quantization-noise ratio of one matrix, in dB (inf: unchanged)."""
+
+    name: str
+    layer: int
+    expert: int
+    bits: int
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything measured; ``verdict`` decides the exit code.
+
+    ``router_agreement_by_layer`` is the share of tokens sent to the same class, skip included.
+    ``skip_rate`` is the candidate's share of routing decisions that chose the skip expert.
+    ``reference_digest_matches`` is None when the candidate does not say what it was made from.
+    """
+
+    tokens: int
+    data: str
+    data_digest: str
+    dtype: str
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+    perplexity_reference: float
+    perplexity_candidate: float
+    router_agreement: float
+    router_agreement_by_layer: list[float]
+    skip_rate: float
+    skip_rate_reference: float
+    bits_per_weight: float
+    bytes: int
+    bytes_reference: int
+    packing: str
+    reference_digest_matches: bool | None
+    tensors: list[TensorError]
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """ "pass" when every check did."""
+        return "pass" if all(check.passed for check in self.checks) else "fail"
+
+
+def validate(
+    reference: Checkpoint,
+    candidate: Checkpoint,
+    sequences: Sequences,
+    *,
+    dtype: str = "float32",
+    bounds: Bounds | None = None,
+    progress: Progress = lambda what, done, of: None,
+) -> Report:
+    """Measure ``candidate`` against ``reference``.
+
+    Args:
+        dtype: "float32" (measures the quantization alone) or "bfloat16" (as people run it).
+
+    Raises:
+        InputError: the two are not the same architecture, or a weight is not finite.
+    """
+    _check_comparable(reference, candidate)
+    tensors, matches = _compare_weights(reference, candidate, progress)
+    outputs: list[Evaluation] = []
+    models: list[Model] = []
+    for name, checkpoint in (("reference", reference), ("candidate", candidate)):
+        model = Model(checkpoint, getattr(torch, dtype), resident=False)
+        models.append(model)
+
+        def report_layers(done: int, of: int, name: str = name) -> None:
+            progress(f"running {name}", done, of)
+
+        outputs.append(model.evaluate(sequences.ids, report_layers))
+    scores = _compare_logits(models, outputs, sequences.ids, progress)
+    routes = [output.routes for output in outputs]
+    agreement = (routes[0] == routes[1]).double().mean(dim=1)
+    skip = reference.config.experts
+    report = Report(
+        tokens=sequences.tokens,
+        data=sequences.description,
+        data_digest=sequences.digest,
+        dtype=dtype,
+        kl_mean=float(scores.kl.mean()),
+        kl_p99=float(scores.kl.quantile(0.99)),
+        kl_max=float(scores.kl.max()),
+        top1_agreement=float(scores.same_top1.double().mean()),
+        perplexity_reference=perplexity_from_nll(scores.nll[0]),
+        perplexity_candidate=perplexity_from_nll(scores.nll[1]),
+        router_agreement=float(agreement.mean()),
+        router_agreement_by_layer=agreement.tolist(),
+        skip_rate=float((routes[1] == skip).double().mean()),
+        skip_rate_reference=float((routes[0] == skip).double().mean()),
+        bits_per_weight=_bits_per_weight(candidate),
+        bytes=_bytes(candidate),
+        bytes_reference=_bytes(reference),
+        packing=candidate.format,
+        reference_digest_matches=matches,
+        tensors=tensors,
+    )
+    report.checks.extend(_checks(report, bounds or Bounds()))
+    return report
+
+
+def _check_comparable(reference: Checkpoint, candidate: Checkpoint) -> None:
+    ours, theirs = asdict(reference.config), asdict(candidate.config)
+    tokens = ("pad_id", "bos_id", "eos_ids", "max_positions")
+    different = [
+        f"{name}: reference {ours[name]}, candidate {theirs[name]}"
+        for name in ours
+        if ours[name] != theirs[name] and name not in tokens
+    ]
+    if different:
+        raise InputError(different, "reference and candidate are different models")
+
+
+@dataclass(frozen=True)
+class _Scores:
+    kl: Tensor  # [positions], nats
+    same_top1: Tensor  # [positions], bool
+    nll: tuple[Tensor, Tensor]  # reference, candidate: [positions with a next token], nats
+
+
+def _compare_logits(
+    models: list[Model], outputs: list[Evaluation], ids: list[Tensor], progress: Progress
+) -> _Scores:
+    hidden = [torch.cat(output.hidden) for output in outputs]
+    # The token each position should predict; -1 at the end of a sequence.
+    targets = torch.cat([torch.cat([s[1:], s.new_tensor([-1])]) for s in ids])
+    kl, same, nll = [], [], ([], [])
+    for start in range(0, len(targets), _HEAD_ROWS):
+        part = slice(start, start + _HEAD_ROWS)
+        pair = [model.logits(h[part]) for model, h in zip(models, hidden, strict=True)]
+        for row in range(0, len(pair[0]), _KL_ROWS):
+            a, b = (logits[row : row + _KL_ROWS] for logits in pair)
+            target = targets[part][row : row + _KL_ROWS]
+            kl.append(kl_divergence(a, b))
+            same.append(a.argmax(dim=-1) == b.argmax(dim=-1))
+            for side, logits in zip(nll, (a, b), strict=True):
+                side.append(_nll(logits, target))
+        progress("comparing logits", min(start + _HEAD_ROWS, len(targets)), len(targets))
+    return _Scores(torch.cat(kl), torch.cat(same), (torch.cat(nll[0]), torch.cat(nll[1])))
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of the next token at the positions that have one, in nats, float64."""
+    has_next = targets >= 0
+    log_p = torch.log_softmax(logits[has_next].double(), dim=-1)
+    return -log_p.gather(1, targets[has_next, None]).squeeze(1)
+
+
+def _compare_weights(
+    reference: Checkpoint, candidate: Checkpoint, progress: Progress
+) -> tuple[list[TensorError], bool | None]:
+    """SQNR of every matrix a recipe may quantize, and whether the reference is the real source."""
+    claimed = candidate.manifest.get("source", {}).get("digest")
+    digest = SourceDigest()
+    errors: list[TensorError] = []
+    for done, (key, info) in enumerate(reference.infos.items(), 1):
+        matrix = PART_BY_NAME[key.part].role in ("expert", "attention")
+        if matrix:
+            errors.append(_tensor_error(reference, candidate, key))
+        if claimed and info.spec is None:
+            own = hashlib.sha256()
+            for chunk in reference.chunks(key):
+                own.update(chunk)
+            digest.add(info, own.hexdigest())
+        progress("comparing weights", done, len(reference.infos))
+    if not claimed:
+        return errors, None
+    quantized = any(info.spec for info in reference.infos.values())
+    return errors, None if quantized else digest.hexdigest(reference.infos) == claimed
+
+
+def _tensor_error(reference: Checkpoint, candidate: Checkpoint, key: TensorKey) -> TensorError:
+    a = reference.read_float(key, torch.float32)
+    b = candidate.read_float(key, torch.float32)
+    signal, noise = float(a.square().sum()), float((a - b).square().sum())
+    if not math.isfinite(signal + noise):
+        raise InputError("holds values that are not finite", str(key))
+    spec = candidate.infos[key].spec
+    bits = spec.bits if spec else 8 * candidate.infos[key].bytes // max(a.numel(), 1)
+    sqnr = sqnr_db_from_energy(signal, noise)
+    return TensorError(key.module, key.layer, key.expert, bits, sqnr)
+
+
+def _bytes(checkpoint: Checkpoint) -> int:
+    return sum(info.bytes for info in checkpoint.infos.values())
+
+
+def _bits_per_weight(checkpoint: Checkpoint) -> float:
+    weights = sum(info.numel for info in checkpoint.infos.values())
+    return 8 * _bytes(checkpoint) / weights
+
+
+def _checks(report: Report, bounds: Bounds) -> list[Check]:
+    ratio = report.perplexity_candidate / report.perplexity_reference
+    figures = (report.kl_mean, report.perplexity_reference, report.perplexity_candidate)
+    finite = all(math.isfinite(figure) for figure in figures)
+    checks = [
+        Check("finite", float(finite), None, finite),
+        Check("evidence (tokens)", report.tokens, None, report.tokens > 0),
+    ]
+    at_most = [
+        ("KL divergence, mean", report.kl_mean, bounds.max_kl),
+        ("KL divergence, 99th percentile", report.kl_p99, bounds.max_kl_p99),
+        ("perplexity ratio", ratio, bounds.max_perplexity_ratio),
+    ]
+    at_least = [
+        ("top-1 agreement", report.top1_agreement, bounds.min_top1),
+        ("router agreement", report.router_agreement, bounds.min_router),
+    ]
+    # Written so that NaN fails.
+    checks += [Check(n, v, limit, v <= limit) for n, v, limit in at_most if limit is not None]
+    checks += [Check(n, v, limit, v >= limit) for n, v, limit in at_least if limit is not None]
+    if report.reference_digest_matches is False:
+        checks.append(Check("reference is the model the artifact was made from", 0, None, False))
+    return checks
