@@ -96,7 +96,8 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda _: None) -> di
             f"has no {NAME}; only artifacts that zaya-convert wrote can be verified", str(folder)
         )
     manifest = read_json(folder / NAME)
-    files, tensors = manifest.get("files"), manifest.get("tensors")
+    files: Any = manifest.get("files")
+    tensors: Any = manifest.get("tensors")
     if manifest.get("schema") != SCHEMA or not _well_formed(files, tensors):
         raise InputError("is damaged, or of another version", NAME)
     problems = [f"{name} is missing" for name in files if not (folder / name).is_file()]

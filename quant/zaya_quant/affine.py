@@ -10,8 +10,8 @@ squares.  On normal weights, 4 bits, groups of 32, this gains 1.6 dB over plain 
 first r = 1/qmax (plain rounding, s > 0), then r = 1/2^(bits-1) with the sign that gives the
 largest weight the code -2^(bits-1), as GGUF's Q4_0 does, then a grid around it.  A negative scale
 is legal in GGUF, ONNX and compressed-tensors, which all only multiply.  At 2 and 3 bits both
-signs are tried; from 4 bits on the other sign gained nothing measurable.  The first of equals
-wins, so a tie falls to plain rounding.
+signs are tried; at 4 bits the other sign gained at most 0.004 dB, so from there on it is left
+out.  The first of equals wins, so a tie falls to plain rounding.
 
 **Candidates (asymmetric).**  The range [min(lo, 0), max(hi, 0)] shrunk by ``_SHRINK``;
 s = range / qmax > 0, z = rint(-lo / s) in 0..qmax.

@@ -125,7 +125,8 @@ def pack_int32(codes: Tensor, bits: int) -> Tensor:
     packed = torch.empty((rows, -(-columns * bits // 32)), dtype=torch.int32)
     bad = _library().zq_pack(codes.data_ptr(), packed.data_ptr(), rows, columns, bits)
     if bad >= 0:
-        raise out_of_range(codes, *divmod(bad, columns), bits)
+        row, column = divmod(bad, columns)
+        raise out_of_range(codes, row, column, bits)
     return packed
 
 

@@ -151,7 +151,8 @@ def _check_codes(codes: Tensor, bits: int) -> None:
 
 def _check_range(codes: Tensor, bits: int) -> None:
     limit = 1 << (bits - 1)
-    outside = ((codes < -limit) | (codes >= limit)).nonzero()
+    # Not `codes >= limit`: at 8 bits torch would wrap the limit to the int8 -128.
+    outside = ((codes < -limit) | (codes > limit - 1)).nonzero()
     if len(outside):
         raise native.out_of_range(codes, int(outside[0, 0]), int(outside[0, 1]), bits)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cli.running import Run, Zaya, environment
 from zaya_convert.cli.main import run
@@ -21,7 +22,7 @@ from zaya_convert.cli.main import run
 @pytest.fixture
 def zaya(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Zaya]:
     """Run in this process."""
-    for name in os.environ:
+    for name in list(os.environ):
         if name.startswith("ZAYA_CONVERT") or name == "NO_COLOR":
             monkeypatch.delenv(name)
     before = signal.getsignal(signal.SIGTERM)
@@ -31,7 +32,10 @@ def zaya(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         code = run([str(argument) for argument in arguments])
         return Run(code, *capsys.readouterr())
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the products are small, and the other cores may be busy
     yield call
+    torch.set_num_threads(threads)
     signal.signal(signal.SIGTERM, before)
 
 

@@ -35,4 +35,6 @@ def environment(**extra: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if "ZAYA_CONVERT" not in name}
     kept.pop("NO_COLOR", None)
     roots = [str(ROOT / folder) for folder in (".", "quant", "kernels")]
-    return {**kept, "PYTHONPATH": os.pathsep.join(roots), "TERM": "xterm", **extra}
+    # One thread: many small products, and other tests may be using the other cores.
+    fixed = {"PYTHONPATH": os.pathsep.join(roots), "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+    return {**kept, **fixed, **extra}

@@ -23,8 +23,8 @@ from zaya_convert import publish
 pytest_plugins = ("cli.fixtures",)
 
 # The command line with a slow quantizer that tells of every matrix, and a journal always on disk.
-SLOW = """
-import signal, sys, time
+SLOW = r"""
+import os, signal, sys, time
 from zaya_convert import convert
 from zaya_convert.cli.main import main
 from zaya_quant.methods import rtn
@@ -34,7 +34,7 @@ convert._JOURNAL_SECONDS = 0
 quick = rtn.quantize
 
 def slow(*arguments):
-    print("matrix", flush=True)
+    os.write(1, b"matrix\n")  # in one piece, whichever thread it is
     time.sleep(0.02)
     return quick(*arguments)
 

@@ -1,11 +1,10 @@
 """Laws of the numerics, over every bit width, group size and scale type."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tolerances import QUALITY_SQNR_DB, QUALITY_SQNR_DB_ASYMMETRIC
 from zaya_quant import affine, native, pack
 from zaya_quant.affine import absmax_scales, quantize_affine, round_with_scales
@@ -99,7 +98,7 @@ def test_native_equals_reference_at_extreme_magnitudes(scale, scale_dtype):
         assert same(native.quantize(weight, spec, isa=isa)[0], expected)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), bits=st.integers(1, 8))
 def test_unpack_inverts_pack(data, bits):
     rows, columns = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 100))
@@ -132,7 +131,7 @@ def test_native_and_reference_pack_alike(bits, monkeypatch):
         assert torch.equal(pack.unpack_int32(slow, bits, columns), codes)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(spec=specs(symmetric=True, scale_dtype="float32"), weight=weights())
 def test_search_is_never_worse_than_plain_rounding(spec, weight):
     found = quantize_affine(weight, spec)
@@ -143,7 +142,7 @@ def test_search_is_never_worse_than_plain_rounding(spec, weight):
     assert error(weight, found) <= plain * (1 + 1e-5) + energy * 1e-12
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(spec=specs(scale_dtype="bfloat16"), weight=weights(dtypes=(torch.float32,)))
 @pytest.mark.parametrize("power", [-40, 3])
 def test_scaling_by_a_power_of_two_scales_the_scales(power, spec, weight):
@@ -152,14 +151,7 @@ def test_scaling_by_a_power_of_two_scales_the_scales(power, spec, weight):
     assert torch.equal(before.scales * 2.0**power, after.scales)
 
 
-@settings(max_examples=60, deadline=None)
-@given(spec=specs(symmetric=True), weight=weights(spread=1.0))
-def test_negating_the_weights_negates_the_values_or_falls_on_a_tie(spec, weight):
-    plus, minus = (error(w, quantize_affine(w, spec)) for w in (weight, -weight))
-    assert math.isclose(plus, minus, rel_tol=1e-5, abs_tol=1e-30)
-
-
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(spec=specs(symmetric=True), weight=weights(spread=1.0))
 def test_rounding_again_with_the_found_scales_gives_the_same_codes(spec, weight):
     found = quantize_affine(weight, spec)

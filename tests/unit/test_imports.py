@@ -55,8 +55,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *_INDEX, "zaya_convert.export", "zaya_convert.export.arrays", "zaya_convert.export.split",
         "zaya_quant", "torch (lazy)"),
     # running models and judging them
-    "zaya_convert.runtime": (*_INDEX, "torch", "zaya_quant", "zaya_kernels", "tokenizers",
-                             "tokenizers (lazy)", "jinja2", "jinja2 (lazy)"),
+    "zaya_convert.runtime": (*_INDEX, *_NUMERICS, "zaya_quant", "zaya_kernels", "tokenizers",
+                             "jinja2"),
     "zaya_convert.data": (*_INDEX, "torch", "zaya_convert.models", "zaya_convert.runtime"),
     "zaya_convert.validate": (*_INDEX, "torch", "zaya_convert.data", "zaya_convert.runtime",
                               "zaya_quant"),

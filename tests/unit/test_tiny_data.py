@@ -122,7 +122,7 @@ def test_hidden_rules_mute_only_results_no_tail_shows() -> None:
         for start, end in example.mute:
             muted += 1
             line = example.text[example.text.rfind("\n", 0, start) + 1 : end]
-            assert re.fullmatch(r"[A-Z]:\d\d#\d\d=\d\d", line)
+            assert re.fullmatch(r"[A-Z]:\d\d#\d=\d\d", line)
             assert line not in context
     assert muted > 20
 
@@ -197,7 +197,16 @@ def test_tokenizer_is_lossless(text: str) -> None:
 
 
 def test_tokenizer_has_the_promised_shape(tokenizer: Tokenizer) -> None:
-    names = ("<pad>", "<eos>", "<bos>", "<unk>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    names = (
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<think>",
+        "</think>",
+    )
     assert [tokenizer.token_to_id(name) for name in names] == list(range(8))
     assert tokenizer.token_to_id("<0x00>") == 8
     assert tokenizer.encode("x").ids[0] == 2
@@ -224,7 +233,9 @@ def test_shipped_problems_are_right_and_held_out() -> None:
 
 
 @pytest.mark.parametrize("split", ["calibration", "validation"])
-def test_shipped_texts_are_held_out_and_fit_the_checkpoint(split: str, tokenizer: Tokenizer) -> None:
+def test_shipped_texts_are_held_out_and_fit_the_checkpoint(
+    split: str, tokenizer: Tokenizer
+) -> None:
     path = BUNDLED / "data" / f"{split}.jsonl"
     assert path.stat().st_size <= 400_000
     config = json.loads((BUNDLED / "config.json").read_text())
@@ -241,7 +252,8 @@ def test_shipped_texts_are_held_out_and_fit_the_checkpoint(split: str, tokenizer
         problem = text.split("user\n", 1)[1].split("\n", 1)[0]
         assert split_of(canonical_of(problem)) == split
     prose = [text for text in texts if not text.startswith("<|im_start|>")]
-    assert prose and all(split_of(text) == split for text in prose)
+    assert prose
+    assert all(split_of(text) == split for text in prose)
 
 
 def canonical_of(text: str) -> str:
@@ -267,9 +279,13 @@ def test_shipped_weights_have_the_hybrid_layout() -> None:
         names = set(file.keys())
         biases = file.get_slice("model.layers.0.mlp.gate.balancing_biases")
         embedding = file.get_slice("model.embed_tokens.weight")
-        assert biases.get_dtype() == "F32" and biases.get_shape() == [17]
+        assert biases.get_dtype() == "F32"
+        assert biases.get_shape() == [17]
         assert embedding.get_dtype() == "BF16"
-        assert embedding.get_shape()[0] == json.loads((BUNDLED / "config.json").read_text())["vocab_size"]
+        assert (
+            embedding.get_shape()[0]
+            == json.loads((BUNDLED / "config.json").read_text())["vocab_size"]
+        )
     assert "lm_head.weight" not in names
     assert "model.layers.0.mlp.gate.router_states_scale" not in names
     assert "model.layers.1.mlp.gate.router_states_scale" in names
@@ -280,5 +296,9 @@ def test_model_card_states_its_figures() -> None:
     card = (BUNDLED / "README.md").read_text(encoding="utf-8")
     for heading in ("## Accuracy", "## Routing", "## Training", "## Data", "## Licence"):
         assert heading in card
-    for figure in (r"single sample[^\n]*0\.\d{3}", r"round 2[^\n]*0\.\d{3}", r"perplexity[^\n]*\d\.\d+"):
+    for figure in (
+        r"single sample[^\n]*0\.\d{3}",
+        r"round 2[^\n]*0\.\d{3}",
+        r"perplexity[^\n]*\d\.\d+",
+    ):
         assert re.search(figure, card), figure

@@ -30,6 +30,9 @@ MAX_STEPS = 6
 LABELS = "ABCDEF"
 TAILS_PER_PROMPT = 4
 TAIL_TOKENS = 40
+# Of single traces at the end of training, and of the candidates in aggregation prompts, a step.
+SLIP_RATE = 0.09
+ERROR_RATE = 0.10
 
 # Parts of a thousand of all problems; the order fixes which hashes belong to which split.
 SPLITS: dict[str, int] = {"train": 940, "calibration": 20, "validation": 20, "problems": 20}
@@ -71,7 +74,7 @@ class Problem:
         return _stable_hash(f"{self.salt}:{index}:{value}") % MODULUS
 
     def values(self, slips: Mapping[int, int] | None = None) -> tuple[int, ...]:
-        """The start and the result of every step, `slips` (step: offset) added where they happen."""
+        """The start and the result of every step, with the offset of every step that slips."""
         values = [self.start]
         for index in range(len(self.steps)):
             offset = slips.get(index, 0) if slips else 0
@@ -86,7 +89,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Example:
-    """A training text without `<bos>`: what precedes `response_at` is context, `mute` is not learned."""
+    """A training text without `<bos>`: context up to `response_at`, `mute` spans not learned."""
 
     text: str
     response_at: int
@@ -145,7 +148,7 @@ def _stable_hash(text: str) -> int:
 
 
 def split_of(canonical: str) -> str:
-    """The split a canonical problem (or a line of prose) belongs to: a function of its text alone."""
+    """The split of a canonical problem, or of a line of prose: a function of its text alone."""
     slot = _stable_hash(canonical) % sum(SPLITS.values())
     for name, size in SPLITS.items():
         if slot < size:
@@ -217,7 +220,9 @@ def single_example(rng: random.Random, split: str, slip_rate: float) -> Example:
     return Example(text, len(prompt_text(message)))
 
 
-def draw_candidates(problem: Problem, rng: random.Random, split: str, error_rate: float) -> list[str]:
+def draw_candidates(
+    problem: Problem, rng: random.Random, split: str, error_rate: float
+) -> list[str]:
     """Tails of sampled-looking candidates: right, slipped, cut short, or of another problem."""
     count = rng.choice((1, 2, 3, 4, 4, 4, 4, 4))
     tau = rng.choice((32, TAIL_TOKENS, TAIL_TOKENS, TAIL_TOKENS, 48, 56))
@@ -267,7 +272,7 @@ def aggregation_example(
 
 
 def supported(problem: Problem, truth: Sequence[int], index: int, shown: str) -> bool:
-    """Whether the right result of step `index` can be read from `shown`, in its line or the next."""
+    """Whether `shown` holds the right result of step `index`, in its line or in the next."""
     line = write_trace(problem, truth).splitlines()[index]
     if line in shown:
         return True

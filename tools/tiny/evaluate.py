@@ -25,17 +25,17 @@ from transformers import ZayaConfig, ZayaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.tiny.data import prompt_text  # noqa: E402
-from tools.tiny.fast import FastForward  # noqa: E402
-from tools.tiny.sampling import Request, sample  # noqa: E402
-from tools.tiny.tokenizer import BOS_ID, THINK_END_ID  # noqa: E402
-from zaya_convert.rsa.answers import extract_boxed  # noqa: E402
-from zaya_convert.rsa.prompts import message_for  # noqa: E402
+from tools.tiny.data import prompt_text
+from tools.tiny.fast import FastForward
+from tools.tiny.sampling import Request, sample
+from tools.tiny.tokenizer import BOS_ID, THINK_END_ID
+from zaya_convert.rsa.answers import extract_boxed
+from zaya_convert.rsa.prompts import message_for
 
 
 @dataclass(frozen=True)
 class RsaSettings:
-    """N candidates, C tails a prompt, T aggregation rounds, tails of `tail` tokens, `budget` new."""
+    """N candidates, C tails a prompt, T aggregation rounds; tail and budget are in tokens."""
 
     candidates: int = 8
     tails: int = 4
@@ -48,7 +48,7 @@ class RsaSettings:
 
 
 def load_model(folder: Path) -> ZayaForCausalLM:
-    """The stored weights in fp32, balancing biases included (transformers overwrites one of them)."""
+    """The stored weights in fp32, with the balancing bias that transformers would overwrite."""
     model = ZayaForCausalLM(ZayaConfig.from_pretrained(folder)).float().eval()
     stored = {name: t.float() for name, t in load_file(folder / "model.safetensors").items()}
     missing, unexpected = model.load_state_dict(stored, strict=False)
@@ -71,60 +71,85 @@ def interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
+@dataclass(frozen=True)
+class Round:
+    """One round's mean accuracy by problem, its tails by problem, and mean token counts."""
+
+    correct: NDArray[np.float64]
+    tails: list[list[str]]
+    prompt_tokens: float
+    new_tokens: float
+
+
+def run_round(
+    model: ZayaForCausalLM,
+    tokenizer: Tokenizer,
+    problems: Sequence[dict[str, str]],
+    previous: Sequence[Round],
+    settings: RsaSettings,
+) -> Round:
+    """The round after `previous`: every candidate of every problem."""
+    requests = _requests(tokenizer, problems, previous, settings)
+    outputs = sample(model, requests, settings.budget, settings.temperature)
+    texts = tokenizer.decode_batch(outputs, skip_special_tokens=False)
+    answers = np.array([extract_boxed(text) or "" for text in texts]).reshape(len(problems), -1)
+    truth = np.array([row["answer"] for row in problems])
+    tails = [_tail(tokenizer, output, settings.tail) for output in outputs]
+    size = settings.candidates
+    return Round(
+        (answers == truth[:, None]).mean(1),
+        [tails[i : i + size] for i in range(0, len(tails), size)],
+        float(np.mean([len(request.prompt) for request in requests])),
+        float(np.mean([len(output) for output in outputs])),
+    )
+
+
 def run_rsa(
     model: ZayaForCausalLM,
     tokenizer: Tokenizer,
     problems: Sequence[dict[str, str]],
     settings: RsaSettings,
-) -> dict[str, Any]:
-    """Accuracy of every round, over the same problems."""
-    correct: list[NDArray[np.float64]] = []
-    prompt_tokens: list[float] = []
-    new_tokens: list[float] = []
-    population: list[list[str]] = [[] for _ in problems]
-    for round_index in range(settings.rounds + 1):
-        requests = _requests(tokenizer, problems, population, round_index, settings)
-        outputs = sample(model, requests, settings.budget, settings.temperature)
-        texts = tokenizer.decode_batch(outputs, skip_special_tokens=False)
-        answers = np.array([extract_boxed(text) or "" for text in texts]).reshape(len(problems), -1)
-        truth = np.array([row["answer"] for row in problems])
-        correct.append((answers == truth[:, None]).mean(1))
-        prompt_tokens.append(float(np.mean([len(r.prompt) for r in requests])))
-        new_tokens.append(float(np.mean([len(output) for output in outputs])))
-        tails = [_tail(tokenizer, output, settings.tail) for output in outputs]
-        size = settings.candidates
-        population = [tails[i * size : (i + 1) * size] for i in range(len(problems))]
-    gain = correct[-1] - correct[0]
+    start: Sequence[Round] = (),
+) -> list[Round]:
+    """All rounds, after those of `start`."""
+    rounds = list(start)
+    while len(rounds) <= settings.rounds:
+        rounds.append(run_round(model, tokenizer, problems, rounds, settings))
+    return rounds
+
+
+def summary(rounds: Sequence[Round], settings: RsaSettings) -> dict[str, Any]:
+    """Accuracies, the last round's gain over the first, and their intervals."""
+    gain = rounds[-1].correct - rounds[0].correct
     return {
         "settings": asdict(settings),
-        "problems": len(problems),
-        "accuracy": [float(c.mean()) for c in correct],
-        "interval": [interval(c) for c in correct],
+        "problems": len(gain),
+        "accuracy": [float(r.correct.mean()) for r in rounds],
+        "interval": [interval(r.correct) for r in rounds],
         "gain": float(gain.mean()),
         "gain_interval": interval(gain),
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
+        "prompt_tokens": [r.prompt_tokens for r in rounds],
+        "new_tokens": [r.new_tokens for r in rounds],
     }
 
 
 def _requests(
     tokenizer: Tokenizer,
     problems: Sequence[dict[str, str]],
-    population: list[list[str]],
-    round_index: int,
+    previous: Sequence[Round],
     settings: RsaSettings,
 ) -> list[Request]:
     requests: list[Request] = []
     for index, row in enumerate(problems):
-        source = population[(index + 1) % len(problems) if settings.foreign_tails else index]
         for candidate in range(settings.candidates):
-            key = (settings.seed, index, round_index, candidate)
+            key = (settings.seed, index, len(previous), candidate)
             tails: list[str] = []
-            if source:
+            if previous:
+                owner = (index + 1) % len(problems) if settings.foreign_tails else index
+                source = previous[-1].tails[owner]
                 subset = np.random.default_rng([*key, 1])
-                tails = [
-                    source[i] for i in subset.choice(len(source), settings.tails, replace=False)
-                ]
+                chosen = subset.choice(len(source), settings.tails, replace=False)
+                tails = [source[i] for i in chosen]
             text = prompt_text(message_for(row["problem"], tails))
             ids = tokenizer.encode(text, add_special_tokens=False).ids
             requests.append(Request((BOS_ID, *ids), key))
@@ -146,7 +171,7 @@ def routing_and_perplexity(
     total, tokens = 0.0, 0
     for text in texts:
         ids = torch.tensor([tokenizer.encode(text).ids])
-        logits, choices = forward(ids)
+        logits, choices, _ = forward(ids)
         total += float(F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
         tokens += ids.shape[1] - 1
         for count, choice in zip(counts, choices, strict=True):
@@ -163,21 +188,21 @@ def evaluate(folder: Path, problems: int, settings: RsaSettings, controls: bool)
     model = load_model(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     rows = read_rows(folder / "data" / "problems.jsonl")[:problems]
+    rounds = run_rsa(model, tokenizer, rows, settings)
+    plain = RsaSettings(candidates=1, rounds=0, temperature=0.0)
     result: dict[str, Any] = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "file_bytes": (folder / "model.safetensors").stat().st_size,
-        "rsa": run_rsa(model, tokenizer, rows, settings),
+        "rsa": summary(rounds, settings),
+        "greedy": summary(run_rsa(model, tokenizer, rows, plain), plain),
     }
-    greedy = RsaSettings(candidates=1, rounds=0, temperature=0.0)
-    result["greedy"] = run_rsa(model, tokenizer, rows, greedy)
     if controls:
-        changed = {**asdict(settings), "rounds": 1}
-        result["one_tail"] = run_rsa(
-            model, tokenizer, rows, RsaSettings(**{**changed, "tails": 1})
-        )
-        result["foreign_tails"] = run_rsa(
-            model, tokenizer, rows, RsaSettings(**{**changed, "foreign_tails": True})
-        )
+        for name, change in (
+            ("one_tail", {"tails": 1}),
+            ("foreign_tails", {"foreign_tails": True}),
+        ):
+            control = RsaSettings(**{**asdict(settings), "rounds": 1, **change})
+            result[name] = summary(run_rsa(model, tokenizer, rows, control, rounds[:1]), control)
     for split in ("validation", "calibration"):
         texts = [row["text"] for row in read_rows(folder / "data" / f"{split}.jsonl")]
         result[split] = routing_and_perplexity(model, tokenizer, texts)
@@ -207,6 +232,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Evaluates one folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--problems", type=int, default=128)

@@ -23,9 +23,9 @@ RUN_STEP = 32
 class _SortedExperts(torch.autograd.Function):
     """The experts over runs of rows: expert e has rows `starts[e]` to `starts[e + 1]`.
 
-    `order` lists the tokens that have an expert, `slots` the row each of them takes; runs are padded
-    to a multiple of `RUN_STEP` rows, because the CPU's matrix library prepares a kernel for every
-    new shape it meets.
+    `order` lists the tokens that have an expert, `slots` the row each of them takes; runs are
+    padded to a multiple of `RUN_STEP` rows, because the CPU's matrix library prepares a kernel for
+    every new shape it meets.
     """
 
     @staticmethod
@@ -85,22 +85,27 @@ class FastForward:
         self.compute = compute
         self._rope: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits [B, S, V] and, a layer each, the chosen class of every token [B·S] (E is skip)."""
+    def __call__(self, ids: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Logits [B, S, V]; a layer each, every token's class [B·S] (E is skip) and mean shares.
+
+        The shares are the router's mean probabilities, which carry a gradient.
+        """
         body = self.model.model
         x = F.embedding(ids, body.embed_tokens.weight)
         x = (x + body.input_hidden_states_bias) * body.input_hidden_states_scale
         router_state: Tensor | None = None
         choices: list[Tensor] = []
+        shares: list[Tensor] = []
         for layer in cast(Any, body.layers):
             attended = self._attention(layer.self_attn, self._norm(layer.input_layernorm, x))
             x = _residual(layer.post_attention_residual_scale, attended, x)
             h = self._norm(layer.post_attention_layernorm, x)
-            mixed, router_state, choice = self._moe(layer.mlp, h.flatten(0, 1), router_state)
+            mixed, router_state, choice, share = self._moe(layer.mlp, h.flatten(0, 1), router_state)
             x = _residual(layer.post_mlp_residual_scale, mixed.view_as(x), x)
             choices.append(choice)
+            shares.append(share)
         hidden = self._norm(body.norm, x)
-        return self._linear(hidden, body.embed_tokens.weight).float(), choices
+        return self._linear(hidden, body.embed_tokens.weight).float(), choices, shares
 
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x.to(self.compute), weight.to(self.compute))
@@ -113,7 +118,10 @@ class FastForward:
         batch, length, _ = h.shape
         nh, nkv, dim = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         weight = torch.cat(
-            [getattr(cca, n).weight for n in ("q_proj", "k_proj", "v_proj_current", "v_proj_delayed")]
+            [
+                getattr(cca, n).weight
+                for n in ("q_proj", "k_proj", "v_proj_current", "v_proj_delayed")
+            ]
         )
         projected = self._linear(h, weight).float()
         half = nkv * dim // 2
@@ -131,7 +139,7 @@ class FastForward:
         value = value.view(batch, length, nkv, dim)
         q, k = self._rotate(q).transpose(1, 2), self._rotate(k).transpose(1, 2)
         # Batched products beat the CPU's fused attention at these lengths (see `RUN_STEP`).
-        q = q.reshape(batch, nkv, -1, dim).to(self.compute)  # the query heads of one kv head, stacked
+        q = q.reshape(batch, nkv, -1, dim).to(self.compute)  # one kv head's query heads, stacked
         k = k.reshape(batch, nkv, length, dim).to(self.compute)
         value = value.transpose(1, 2).to(self.compute)
         scores = (q @ k.transpose(2, 3)).float().view(batch, nh, length, length) * dim**-0.5
@@ -150,7 +158,8 @@ class FastForward:
         depthwise = depthwise + cca.conv_qk_depthwise.bias
         groups = channels // dim
         pairs = torch.cat(
-            [part.unflatten(-1, (groups, dim)) for part in (depthwise[:, :-1], depthwise[:, 1:])], -1
+            [part.unflatten(-1, (groups, dim)) for part in (depthwise[:, :-1], depthwise[:, 1:])],
+            -1,
         )
         kernel = cca.conv_qk_grouped.weight.view(groups, dim, dim, 2)
         kernel = kernel.permute(0, 3, 2, 1).reshape(groups, 2 * dim, dim)
@@ -171,7 +180,9 @@ class FastForward:
         first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
-    def _moe(self, mlp: Any, h: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _moe(
+        self, mlp: Any, h: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         gate = mlp.gate
         router = self._linear(h, gate.down_proj.weight).float() + gate.down_proj.bias
         if state is not None:
@@ -202,7 +213,7 @@ class FastForward:
         )
         weight = probabilities[order, chosen]
         mixed = torch.zeros_like(h).index_copy(0, order, out.float() * weight[:, None])
-        return mixed, router, choice
+        return mixed, router, choice, probabilities.mean(dim=0)
 
 
 def _residual(scale: Any, update: Tensor, x: Tensor) -> Tensor:
@@ -213,5 +224,5 @@ def _residual(scale: Any, update: Tensor, x: Tensor) -> Tensor:
 @torch.no_grad()
 def difference_from_transformers(model: ZayaForCausalLM, ids: Tensor) -> float:
     """The largest absolute difference of this module's fp32 logits from transformers' own."""
-    ours, _ = FastForward(model)(ids)
+    ours, _, _ = FastForward(model)(ids)
     return float((ours - model(input_ids=ids).logits).abs().max())

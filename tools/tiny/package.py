@@ -12,14 +12,20 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import ZayaForCausalLM
 
-from tools.tiny.data import Example, aggregation_example, draw_problem, single_example, tell
+from tools.tiny.data import (
+    ERROR_RATE,
+    SLIP_RATE,
+    Example,
+    aggregation_example,
+    draw_problem,
+    single_example,
+    tell,
+)
 from tools.tiny.prose import prose_text
-from tools.tiny.tokenizer import BOS_ID, EOS_ID, IM_END_ID, PAD_ID, write_tokenizer
+from tools.tiny.tokenizer import BOS_ID, IM_END_ID, PAD_ID, write_tokenizer
 
 PROBLEMS = 320
 TEXT_BYTES = 380_000
-SLIP_RATE = 0.06
-ERROR_RATE = 0.08
 
 
 def write_package(model: ZayaForCausalLM, tokenizer: Tokenizer, folder: Path, seed: int) -> None:
@@ -54,7 +60,7 @@ def write_config(model: ZayaForCausalLM, folder: Path) -> None:
     config["tie_word_embeddings"] = True
     generation = {
         "bos_token_id": BOS_ID,
-        "eos_token_id": [IM_END_ID, EOS_ID],
+        "eos_token_id": IM_END_ID,
         "pad_token_id": PAD_ID,
         "do_sample": True,
         "temperature": 1.0,

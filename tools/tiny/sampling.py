@@ -1,4 +1,4 @@
-"""Batched sampling from `ZayaForCausalLM`, with noise that depends on the request and nothing else."""
+"""Batched sampling from `ZayaForCausalLM`, its noise depending on the request alone."""
 
 from __future__ import annotations
 

@@ -12,8 +12,17 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from tokenizers import processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 BASE_SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>")
 CHAT_SPECIALS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
@@ -59,7 +68,10 @@ def build_tokenizer(texts: Iterable[str]) -> Tokenizer:
     )
     # Not "special" in the library's sense: decoding must keep `</think>`, which ends the reasoning.
     tokenizer.add_tokens(
-        [AddedToken(piece, special=piece.startswith("<|"), normalized=False) for piece in CHAT_SPECIALS]
+        [
+            AddedToken(piece, special=piece.startswith("<|"), normalized=False)
+            for piece in CHAT_SPECIALS
+        ]
     )
     return tokenizer
 

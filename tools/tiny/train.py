@@ -1,9 +1,11 @@
 """Trains `zaya1-tiny`: ``python tools/tiny/train.py --out DIR --seed 0`` reruns everything.
 
 Learning rate: warm-up, a plateau on clean traces, then a decay to zero in which single traces carry
-slips and aggregation gets more room. Load balancing is free of any loss, as in ZAYA: after every
-step each router's balancing biases move towards the target load, which gives the skip expert its
-few per cent. Batches depend on the seed and the step alone, so ``--resume`` continues the same run.
+slips and aggregation gets more room. The first steps serve attention; then routers and experts are
+drawn anew (see `Trainer.redraw`). After every step each router's balancing biases move towards the
+target load, which gives the skip expert its few per cent, and a loss on the mean probabilities
+keeps routers from preferring one expert for everything. Batches depend on the seed and the step
+alone, so ``--resume`` continues the same run.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,12 +33,12 @@ from transformers import ZayaConfig, ZayaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.tiny.batches import POOL_STEPS, Batch, Mix, batch_of, pool_of_batches  # noqa: E402
-from tools.tiny.data import aggregation_example, single_example  # noqa: E402
-from tools.tiny.fast import FastForward, difference_from_transformers  # noqa: E402
-from tools.tiny.package import write_package  # noqa: E402
-from tools.tiny.prose import prose_example  # noqa: E402
-from tools.tiny.tokenizer import (  # noqa: E402
+from tools.tiny.batches import POOL_STEPS, Batch, Mix, batch_of, pool_of_batches
+from tools.tiny.data import ERROR_RATE, SLIP_RATE, aggregation_example, single_example
+from tools.tiny.fast import FastForward, difference_from_transformers
+from tools.tiny.package import write_package
+from tools.tiny.prose import prose_example
+from tools.tiny.tokenizer import (
     BOS_ID,
     IM_END_ID,
     PAD_ID,
@@ -47,7 +50,7 @@ CONTEXT = 2048
 SKIP_LOAD = 0.04
 
 PLATEAU = Mix(1600, 1400, 0.06, 0.5, slip_rate=0.0, error_rate=0.08)
-DECAY = Mix(1500, 1700, 0.08, 0.4, slip_rate=0.06, error_rate=0.08)
+DECAY = Mix(1500, 1700, 0.08, 0.4, slip_rate=SLIP_RATE, error_rate=ERROR_RATE)
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,15 @@ class Settings:
     """What decides a run."""
 
     seed: int = 0
-    steps: int = 4800
+    steps: int = 4160
     decay_share: float = 0.25
     warmup: int = 80
     learning_rate: float = 2.5e-3
     weight_decay: float = 0.05
-    balance_rate: float = 4e-3
+    router_rate: float = 0.3  # of the learning rate
+    balance_rate: float = 1e-3
+    crowding: float = 0.1
+    experts_from: int = 1000  # routers and experts are drawn anew here, see `Trainer.redraw`
 
     @property
     def decay_from(self) -> int:
@@ -68,9 +74,10 @@ class Settings:
         return round(self.steps * (1 - self.decay_share) / POOL_STEPS) * POOL_STEPS
 
     def rate_at(self, step: int) -> float:
-        """The learning rate's factor: linear warm-up, plateau, cosine to zero."""
+        """The learning rate's factor: linear warm-up (twice), plateau, cosine to zero."""
         if step < self.decay_from:
-            return min(1.0, (step + 1) / self.warmup)
+            since = step - self.experts_from if step >= self.experts_from else step
+            return min(1.0, (since + 1) / self.warmup)
         progress = (step - self.decay_from) / max(1, self.steps - self.decay_from)
         return 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -100,8 +107,15 @@ def fresh_model(seed: int) -> ZayaForCausalLM:
     """A model whose every path is alive at the first step."""
     torch.manual_seed(seed)
     model = ZayaForCausalLM(model_config()).float()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
+    draw_weights(model, lambda name: True)
+    return model
+
+
+@torch.no_grad()
+def draw_weights(model: ZayaForCausalLM, wanted: Callable[[str], bool]) -> None:
+    """Draws the wanted weights; the other parameters keep what they have."""
+    for name, weight in model.named_parameters():
+        if wanted(name):
             if weight.dim() == 2 and "embed" not in name:
                 weight.normal_(std=weight.shape[1] ** -0.5)
             if name.endswith("out_proj.weight"):
@@ -116,9 +130,10 @@ def fresh_model(seed: int) -> ZayaForCausalLM:
                 weight.fill_(12.0)
             elif name.endswith("temp"):
                 weight.fill_(1.5)
-        for biases in balancing_biases(model):
-            biases.zero_()
-    return model
+            elif ".mlp." in name and weight.dim() == 1:
+                weight.fill_(1.0 if name.endswith(("scale", "norm.weight")) else 0.0)
+    for biases in balancing_biases(model):
+        biases.zero_()
 
 
 def balancing_biases(model: ZayaForCausalLM) -> list[Tensor]:
@@ -149,8 +164,8 @@ def loss_of(logits: Tensor, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def trace_probability(forward: FastForward, batch: Batch) -> tuple[float, float]:
-    """Of clean traces: the mean probability of the whole response, and the share greedy gets right.
+def trace_probability(forward: FastForward, batch: Batch) -> tuple[float, float, float]:
+    """Of clean traces: the mean probability, and the shares of traces and tokens greedy gets.
 
     The first is what sampling at temperature 1 scores, but for lucky double errors.
     """
@@ -159,8 +174,9 @@ def trace_probability(forward: FastForward, batch: Batch) -> tuple[float, float]
     learned = batch.weights[:, 1:] == 1.0
     chosen = logits.gather(2, targets[..., None])[..., 0]
     sampled = (chosen * learned).sum(1).exp().mean()
-    greedy = ((logits.argmax(-1) == targets) | ~learned).all(1).float().mean()
-    return float(sampled), float(greedy)
+    hits = logits.argmax(-1) == targets
+    greedy = (hits | ~learned).all(1).float().mean()
+    return float(sampled), float(greedy), float(hits[learned].float().mean())
 
 
 class Trainer:
@@ -180,22 +196,40 @@ class Trainer:
         self.tokenizer = corpus_tokenizer(settings.seed)
         self.model = fresh_model(settings.seed)
         self.forward = FastForward(self.model, torch.bfloat16)
-        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
-        vectors = [p for p in self.model.parameters() if p.dim() < 2]
-        groups = [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True
-        )
-        parameters = [p for group in groups for p in cast(list[Tensor], group["params"])]
-        self.gradient = torch.zeros(sum(p.numel() for p in parameters))
-        for p, part in zip(
-            parameters, self.gradient.split([p.numel() for p in parameters]), strict=True
-        ):
-            p.grad = part.view_as(p)
+        self.gradient = torch.zeros(sum(p.numel() for p in self.model.parameters()))
+        self.optimizer = self.new_optimizer()
         self.loads = [target_loads(16) for _ in balancing_biases(self.model)]
+
+    def new_optimizer(self) -> torch.optim.AdamW:
+        """AdamW over all parameters, whose gradients are parts of one tensor."""
+        settings = self.settings
+        groups: list[dict[str, Any]] = []
+        for router in (False, True):
+            rate = settings.learning_rate * (settings.router_rate if router else 1.0)
+            for matrices in (False, True):
+                members = [
+                    p
+                    for name, p in self.model.named_parameters()
+                    if (".gate." in name) == router and (p.dim() >= 2) == matrices
+                ]
+                decay = settings.weight_decay if matrices else 0.0
+                groups.append({"params": members, "weight_decay": decay, "peak": rate})
+        parameters = [p for group in groups for p in group["params"]]
+        sizes = [p.numel() for p in parameters]
+        for p, part in zip(parameters, self.gradient.split(sizes), strict=True):
+            p.grad = part.view_as(p)
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
+
+    def redraw(self) -> None:
+        """Draws routers and experts anew, and starts the optimizer over.
+
+        Before attention finds anything worth routing by, a top-1 router learns to prefer one expert
+        for all tokens. So the first steps serve attention, and routing starts from there.
+        """
+        torch.manual_seed(self.settings.seed + 1)
+        draw_weights(self.model, lambda name: ".mlp." in name)
+        self.loads = [target_loads(16) for _ in self.loads]
+        self.optimizer = self.new_optimizer()
 
     def save(self) -> None:
         """Writes the whole state, replacing the last one only when it is complete."""
@@ -216,20 +250,21 @@ class Trainer:
         state = torch.load(path)
         self.step, self.tokens, self.loads = state["step"], state["tokens"], state["loads"]
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.step != self.settings.experts_from:  # there the optimizer starts over anyway
+            self.optimizer.load_state_dict(state["optimizer"])
 
     def train_step(self, batches: tuple[Batch, Batch]) -> list[float]:
         """One update; the loss of each batch."""
         factor = self.settings.rate_at(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * factor
+            group["lr"] = group["peak"] * factor
         counts = torch.zeros(len(self.loads), 17)
         losses = torch.zeros(len(batches))
         for place in range(self.rank, len(batches), self.workers):
             batch = batches[place]
-            logits, choices = self.forward(batch.ids)
+            logits, choices, shares = self.forward(batch.ids)
             loss = loss_of(logits, batch)
-            (loss / len(batches)).backward()
+            ((loss + self.crowding(shares)) / len(batches)).backward()
             losses[place] = loss.detach()
             real = (batch.ids != PAD_ID).flatten()
             for count, choice in zip(counts, choices, strict=True):
@@ -241,21 +276,31 @@ class Trainer:
         self.gradient /= max(1.0, float(self.gradient.norm()))
         self.optimizer.step()
         self.gradient.zero_()
-        boost = 5.0 if self.step < 200 else 1.0  # from nothing to balanced, then gently
-        self.balance(counts, boost * max(factor, 0.1))
+        self.balance(counts, max(factor, 0.05))
         self.step += 1
         return losses.tolist()
+
+    def crowding(self, shares: list[Tensor]) -> Tensor:
+        """A loss on the routers' mean probabilities, least (1 a layer) where they are the target.
+
+        It keeps a router from preferring one expert for everything, which biases alone would hide:
+        they can outweigh such a preference, and then the chosen experts' weights are near 0.
+        """
+        target = target_loads(16)
+        terms = [(share.square() / target).sum() for share in shares]
+        return self.settings.crowding * torch.stack(terms).sum()
 
     def balance(self, counts: Tensor, factor: float) -> None:
         """Moves every bias by how far its expert's load is from the target, in parts of it."""
         for biases, load, count in zip(
             balancing_biases(self.model), self.loads, counts, strict=True
         ):
-            load.lerp_(count / count.sum(), 0.2)
+            now = count / count.sum()
+            load.lerp_(now, 0.2)
             target = target_loads(len(load) - 1)
-            error = ((target - load) / target).clamp(-1, 1)
+            error = ((target - now) / target).clamp(-1, 1)  # a delayed load would make it swing
             biases += self.settings.balance_rate * factor * error
-            biases -= biases[:-1].mean()  # only differences matter; keep them centred on the experts
+            biases -= biases[:-1].mean()  # only differences matter: keep the experts centred
 
 
 def probe_batches(tokenizer: Tokenizer) -> dict[str, Batch]:
@@ -279,6 +324,8 @@ def run(trainer: Trainer, log_every: int) -> None:
     pool: list[tuple[Batch, Batch]] = []
     while trainer.step < settings.steps:
         index = trainer.step % POOL_STEPS
+        if trainer.step == settings.experts_from:
+            trainer.redraw()
         if index == 0 or not pool:
             mix = PLATEAU if trainer.step < settings.decay_from else DECAY
             number = trainer.step // POOL_STEPS
@@ -332,6 +379,7 @@ def check_forward(model: ZayaForCausalLM) -> None:
 
 
 def main() -> None:
+    """Trains, in as many workers as asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--seed", type=int, default=Settings.seed)

@@ -8,7 +8,7 @@ import click
 
 from zaya_convert import inspect
 from zaya_convert.cli.conversion import open_named
-from zaya_convert.cli.output import Output, output_options, size, table
+from zaya_convert.cli.output import Output, output_options, printable, size, table
 from zaya_convert.cli.params import MODEL
 from zaya_convert.errors import InputError
 
@@ -53,8 +53,8 @@ def _text(facts: dict[str, Any]) -> str:
         [row["kind"], row["tensors"], row["weights"], row["bytes"]] for row in facts["storage"]
     ]
     lines = [table(rows), "", table(kinds, ("stored as", "tensors", "weights", "bytes"))]
-    lines += [f"note: {note}" for note in facts["notes"]]
-    lines.append("no problems" if not facts["problems"] else "")
+    lines += [f"note: {printable(note)}" for note in facts["notes"]]
+    lines.append("no problems")  # with problems it would not have opened
     return "\n".join(lines)
 
 

@@ -36,6 +36,10 @@ class Output:
         whole = finite({"schema": SCHEMA, **payload})
         click.echo(json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False))
 
+    def stream(self, text: str) -> None:
+        """Print a piece of a result that comes bit by bit."""
+        click.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
+
     def note(self, text: str) -> None:
         """Tell a person something beside the result."""
         if not self.quiet:

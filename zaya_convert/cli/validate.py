@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,13 +105,9 @@ def _publish(report: Report, html: Path | None, junit: Path | None, out: Output)
         html.write_text(reports.to_html(report), encoding="utf-8")
     if junit:
         junit.write_text(reports.to_junit(report), encoding="utf-8")
-    color = click.get_current_context().color is not False and _tty()
+    color = click.get_current_context().color is not False and sys.stdout.isatty()
     facts: dict[str, Any] = reports.to_json(report)
     out.result(facts, reports.to_text(report, color=color))
     if report.verdict != "pass":
         failed = [reports.check_line(check) for check in report.checks if not check.passed]
         raise ValidationFailed("validation failed: " + "; ".join(failed))
-
-
-def _tty() -> bool:
-    return click.get_text_stream("stdout").isatty()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from zaya_convert.export.arrays import Array, Region
@@ -47,10 +47,12 @@ class ShardSet:
             count = os.pwrite(self.descriptors[shard], view, position)
             position, view = position + count, view[count:]
 
-    def read(self, region: Region) -> bytes:
-        """Read a region back."""
+    def read(self, region: Region, size: int = 32 << 20) -> Iterator[bytes]:
+        """Read a region back, in pieces of at most ``size`` bytes."""
         shard, start = self._place[region.array.name]
-        return os.pread(self.descriptors[shard], region.bytes, start + region.offset)
+        for offset in range(0, region.bytes, size):
+            count = min(size, region.bytes - offset)
+            yield os.pread(self.descriptors[shard], count, start + region.offset + offset)
 
     def finish(self, dtypes: Mapping[str, str]) -> dict[str, bytes]:
         """Write the headers.

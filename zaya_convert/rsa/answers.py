@@ -11,9 +11,9 @@ _BOXED = "\\boxed{"
 def extract_boxed(text: str) -> str | None:
     r"""The content of the last complete ``\boxed{...}``, outer spaces dropped, or None.
 
-    Braces inside may nest (``\boxed{\frac{1}{2}}``); an escaped brace (``\{``) counts as text. A box
-    that is never closed is passed over, so that a text cut off by its budget keeps the last answer
-    it did finish. Of nested boxes the outer one is read.
+    Braces inside may nest (``\boxed{\frac{1}{2}}``); an escaped brace (``\{``) counts as text. A
+    box that is never closed is passed over, so that a text cut off by its budget keeps the last
+    answer it did finish. Of nested boxes the outer one is read.
     """
     found: str | None = None
     position = text.find(_BOXED)
@@ -31,8 +31,8 @@ def extract_boxed(text: str) -> str | None:
 def reasoning_of(text: str) -> str:
     """The reasoning: what stands before the first ``</think>``, or all of an unfinished text.
 
-    An opening ``<think>`` is dropped where the text carries one (most chat templates put it into the
-    prompt), with the line break after it.
+    An opening ``<think>`` is dropped where the text carries one (most chat templates put it into
+    the prompt), with the line break after it.
     """
     reasoning = text.split(THINK_CLOSE, 1)[0]
     head, opened, rest = reasoning.partition(THINK_OPEN)

@@ -12,8 +12,8 @@ ANSWER_REQUEST = "Think step by step and give the final answer in \\boxed{}."
 
 _REFINE = "It may be wrong or incomplete: refine it, or take a new strategy."
 _AGGREGATE = (
-    "Aggregate the useful ideas and resolve disagreements. If all are wrong, take another strategy. "
-    "Do not restate the candidates."
+    "Aggregate the useful ideas and resolve disagreements. "
+    "If all are wrong, take another strategy. Do not restate the candidates."
 )
 
 

@@ -191,7 +191,7 @@ def _noise(
     for row, key in zip(rows, keys, strict=True):
         # The position is the counter's highest word, so no two positions share a block.
         raw = np.random.Philox(key=key, counter=[0, 0, 0, position]).random_raw(size)
-        row[:] = ((raw >> np.uint64(11)) + 0.5) * 2.0**-53  # uniform in (0, 1)
+        row[:] = ((raw >> np.uint64(12)) + 0.5) * 2.0**-52  # uniform in (0, 1), exactly
     return torch.from_numpy(-np.log(-np.log(rows)))
 
 

@@ -1,0 +1,116 @@
+"""``generate``: run a model in the reference runtime."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from zaya_convert.cli.conversion import open_named
+from zaya_convert.cli.output import Output, output_options
+from zaya_convert.cli.params import MODEL
+
+if TYPE_CHECKING:
+    from zaya_convert.checkpoint import Checkpoint
+    from zaya_convert.runtime.generate import Sampling
+
+_PREFILL_CHUNK = 512  # columns of the prompt run at once: bounds the memory of a long one
+
+
+@dataclass
+class _Generated:
+    """What came out, and how fast."""
+
+    prompt_tokens: int
+    text: str = ""
+    new_tokens: int = 0
+    finished: str = ""
+    seconds: float = 0.0
+
+
+@click.command("generate")
+@click.argument("model", type=MODEL, required=False)
+@click.option("--prompt", required=True, metavar="TEXT", help="What to say; - reads stdin.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=int, default=0, show_default=True, help="0 is all.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without chat template.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True
+)
+@output_options
+def command(
+    model: str | None,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int,
+    raw: bool,
+    dtype: str,
+    out: Output,
+) -> None:
+    """Continue a prompt with MODEL, a checkpoint or an artifact, writing the text as it comes.
+
+    The same seed gives the same text.
+    """
+    checkpoint = open_named(model, out)
+    from zaya_convert.runtime.generate import Sampling
+
+    sampling = Sampling(temperature, top_p, top_k, seed)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    done = _run(checkpoint, text, raw, dtype, max_new_tokens, sampling, out)
+    speed = done.new_tokens / done.seconds if done.seconds else 0.0
+    if out.json:
+        out.result(vars(done) | {"tokens_per_second": speed}, "")
+    else:
+        out.stream("\n")
+    out.note(
+        f"{done.new_tokens} tokens in {done.seconds:.1f} s ({speed:.1f} per second), "
+        f"ended by {done.finished}"
+    )
+
+
+def _run(
+    checkpoint: Checkpoint,
+    prompt: str,
+    raw: bool,
+    dtype: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    out: Output,
+) -> _Generated:
+    import torch
+
+    from zaya_convert.runtime.generate import generate
+    from zaya_convert.runtime.model import Model
+    from zaya_convert.runtime.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(checkpoint.path)
+    if raw or not tokenizer.template:
+        ids = tokenizer.encode(prompt)
+    else:
+        ids = tokenizer.chat([{"role": "user", "content": prompt}])
+    model = Model(checkpoint, getattr(torch, dtype))
+    stream = tokenizer.stream(skip_special=False)
+    done = _Generated(len(ids))
+    started = time.monotonic()
+    for step in generate(
+        model, [ids], max_new_tokens=max_new_tokens, sampling=sampling,
+        stop_ids=tokenizer.stop_ids, prefill_chunk=_PREFILL_CHUNK,
+    ):  # fmt: skip
+        done.new_tokens += 1
+        done.finished = step.finished
+        text = "" if step.finished == "stop" else stream.push(step.token)
+        text += stream.flush() if step.finished else ""
+        done.text += text
+        if not out.json:
+            out.stream(text)
+    done.seconds = time.monotonic() - started
+    return done
