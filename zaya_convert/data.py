@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zaya_convert.checkpoint import Checkpoint, read_small
+from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.errors import InputError
+from zaya_convert.files import read_small
 from zaya_convert.models import BUNDLED
 from zaya_convert.runtime.tokenizer import Tokenizer
 

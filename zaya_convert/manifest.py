@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zaya_convert.checkpoint import read_json
 from zaya_convert.errors import InputError
+from zaya_convert.files import read_json
 from zaya_convert.headers import read_header
 
 NAME = "zaya-convert.json"

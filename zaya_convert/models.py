@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from zaya_convert.checkpoint import Checkpoint, read_json
+from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.errors import InputError
 from zaya_convert.export import PACKINGS, packing
+from zaya_convert.files import read_json
 
 BUNDLED = Path(__file__).parent / "bundled" / "zaya1-tiny"
 _HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")

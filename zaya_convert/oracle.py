@@ -80,6 +80,10 @@ def load_artifact_in_transformers(
     if dense:
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     model = _load(checkpoint, **options)
+    for parameter in model.parameters():
+        # Experts come out in the dtype of their scales, which only some expert kernels accept.
+        if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32):
+            parameter.data = parameter.data.to(dtype)
     _check_matrices(checkpoint, dict(model.named_parameters()))
     return model
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,3 +40,19 @@ def environment(**extra: str) -> dict[str, str]:
     # One thread: many small products, and other tests may be using the other cores.
     fixed = {"PYTHONPATH": os.pathsep.join(roots), "TERM": "xterm", "OMP_NUM_THREADS": "1"}
     return {**kept, **fixed, **extra}
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """Top-level modules in ``sys.modules`` after running a command line."""
+    script = (
+        "import sys; from zaya_convert.cli.main import run; run(sys.argv[1:]);"
+        "print('\\nMODULES', *sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment(),
+    )
+    return set(done.stdout.rpartition("MODULES ")[2].split())

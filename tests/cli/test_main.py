@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import zaya_convert.inspect
-from cli.running import Run, Zaya, environment
+from cli.running import Run, Zaya, environment, imported_by
 from zaya_convert import __version__
 from zaya_convert.cli.main import COMMANDS
 from zaya_convert.errors import EXIT_CODES
@@ -22,22 +22,6 @@ Process = Callable[..., Run]
 
 # What --help may import: click, itself, and the standard library.
 _HEAVY = ("torch", "numpy", "transformers", "rich", "tokenizers", "jinja2", "huggingface_hub")
-
-
-def imported_by(*arguments: str) -> set[str]:
-    """Top-level modules in ``sys.modules`` after running a command line."""
-    script = (
-        "import sys; from zaya_convert.cli.main import run; run(sys.argv[1:]);"
-        "print('\\nMODULES', *sorted({name.partition('.')[0] for name in sys.modules}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment(),
-    )
-    return set(done.stdout.rpartition("MODULES ")[2].split())
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("transformers", reason="the oracle needs the extra: pip install '.[oracle]'")
-
 import torch
 from torch import Tensor
 
@@ -20,6 +17,8 @@ from zaya_convert.errors import InputError, UsageError
 from zaya_convert.layout import TensorKey
 from zaya_convert.runtime.generate import complete
 from zaya_convert.runtime.model import Model
+
+pytest.importorskip("transformers", reason="the oracle needs the extra: pip install '.[oracle]'")
 
 ORACLE = 1e-4  # largest logit difference to transformers, both fp32, logits of order one
 TOKENS = 512

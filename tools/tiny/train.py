@@ -25,10 +25,10 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from transformers import ZayaConfig, ZayaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -390,7 +390,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, args=(arguments, f"{folder}/meeting"), nprocs=arguments.workers)
+        spawn(work, args=(arguments, f"{folder}/meeting"), nprocs=arguments.workers)
 
 
 if __name__ == "__main__":

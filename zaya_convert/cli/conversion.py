@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -90,8 +91,9 @@ def carry_out(plan: Plan, output: Path, model: str | None, options: Writing, out
     )
     if result.widened:
         out.note(f"{len(result.widened)} matrices needed bf16 scales (outside fp16's normal range)")
-    reference = "" if model is None else f" --reference {model}"
-    out.note(f"prove it: zaya-convert validate {result.output}{reference}")
+    reference = [] if model is None else ["--reference", model]
+    proof = ["zaya-convert", "validate", str(result.output), *reference]
+    out.note(f"prove it: {shlex.join(proof)}")
 
 
 def peak_memory() -> int:

@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zaya_convert.checkpoint import Checkpoint, TensorInfo, read_json
+from zaya_convert.checkpoint import Checkpoint, TensorInfo
 from zaya_convert.config import ModelConfig
 from zaya_convert.errors import InputError
 from zaya_convert.export import split
 from zaya_convert.export.arrays import Region
+from zaya_convert.files import read_json
 from zaya_convert.headers import RawTensor
 from zaya_convert.layout import TensorKey
 from zaya_quant.spec import QuantSpec

@@ -10,18 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from zaya_convert import layout
-from zaya_convert.checkpoint import (
-    Checkpoint,
-    Decoder,
-    Piece,
-    TensorInfo,
-    load_tensors,
-    match_tensors,
-    read_json,
-)
+from zaya_convert.checkpoint import Checkpoint, Decoder, Piece, TensorInfo, match_tensors
 from zaya_convert.config import ModelConfig, normalise
 from zaya_convert.errors import InputError
 from zaya_convert.export.arrays import Array, Region
+from zaya_convert.files import load_tensors, read_json
 from zaya_convert.headers import RawTensor
 from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_quant.spec import QuantSpec

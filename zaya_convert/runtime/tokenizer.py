@@ -20,8 +20,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from zaya_convert.checkpoint import read_json, read_small
 from zaya_convert.errors import InputError
+from zaya_convert.files import read_json, read_small
 
 _SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
 _REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character (yet)

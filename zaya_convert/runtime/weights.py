@@ -139,8 +139,10 @@ class Weights:
     def _read(self, key: TensorKey) -> Tensor:
         if key.part in _ALWAYS_FP32:
             return self.checkpoint.read_float(key, torch.float32)
-        value = self.checkpoint.read_float(key, self.dtype)
-        return value.to(self.matrix_dtype) if value.ndim == 2 else value
+        value = self.checkpoint.read(key)
+        if not isinstance(value, Tensor):
+            value = value.dequantize(self.dtype)
+        return value.to(self.matrix_dtype if value.ndim == 2 else self.dtype)
 
 
 def _cut(matrix: QuantTensor, rows: slice) -> QuantTensor:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.running import Run, Zaya
-from cli.test_main import imported_by
+from cli.running import Run, Zaya, imported_by
 from nano import Nano, Stored, Surgery
 from zaya_convert.checkpoint import open_source
 from zaya_convert.inspect import active_parameters
