@@ -1,6 +1,6 @@
 """The auto-round packing in stock transformers with the auto-round package (an opt-in peer).
 
-    pip install auto-round && pytest tests/parity/test_auto_round.py
+pip install auto-round && pytest tests/parity/test_auto_round.py
 """
 
 from pathlib import Path

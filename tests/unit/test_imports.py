@@ -25,9 +25,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # the index: headers only, no torch until a weight is read
     "zaya_convert.errors": (),
     "zaya_convert.headers": ("zaya_convert.errors",),
-    "zaya_convert.files": ("zaya_convert.errors", "zaya_convert.headers"),
     "zaya_convert.layout": (),
     "zaya_convert.config": ("zaya_convert.errors",),
+    "zaya_convert.files": ("zaya_convert.errors", "zaya_convert.headers"),
     "zaya_convert.checkpoint": (*_INDEX, "torch (lazy)"),
     "zaya_convert.models": (*_INDEX, "zaya_convert.export", "huggingface_hub (lazy)"),
     "zaya_convert.inspect": (),
@@ -182,7 +182,7 @@ def run_python(script: str) -> str:
     return done.stdout
 
 
-LIGHT = ("errors", "headers", "layout", "config", "checkpoint", "models", "recipe", "plan",
+LIGHT = ("errors", "headers", "layout", "config", "files", "checkpoint", "models", "recipe", "plan",
          "report", "manifest", "inspect", "publish")  # fmt: skip
 
 

@@ -33,6 +33,7 @@ TAIL_TOKENS = 40
 # Of single traces at the end of training, and of the candidates in aggregation prompts, a step.
 SLIP_RATE = 0.09
 ERROR_RATE = 0.10
+FOREIGN_SHARE = 0.3  # of aggregation prompts: all tails belong to another problem
 
 # Parts of a thousand of all problems; the order fixes which hashes belong to which split.
 SPLITS: dict[str, int] = {"train": 940, "calibration": 20, "validation": 20, "problems": 20}
@@ -248,10 +249,14 @@ def aggregation_example(
     """A problem, candidate tails, and an improved trace.
 
     The improved trace slips only where no candidate shows the right result: reading earns the
-    improvement, the prompt alone does not. A hidden result that no candidate shows is not learned.
+    improvement, the prompt alone does not. For the same reason some prompts hold tails of another
+    problem, which help nothing. A hidden result that no candidate shows is not learned.
     """
     problem = draw_problem(rng, split, hidden)
-    tails = draw_candidates(problem, rng, split, error_rate)
+    told = problem
+    if not hidden and rng.random() < FOREIGN_SHARE:
+        told = draw_problem(rng, split)
+    tails = draw_candidates(told, rng, split, error_rate)
     truth = problem.values()
     shown = "\n".join(tails)
     slips: dict[int, int] = {}

@@ -58,7 +58,7 @@ class Settings:
     """What decides a run."""
 
     seed: int = 0
-    steps: int = 4160
+    steps: int = 4288
     decay_share: float = 0.25
     warmup: int = 80
     learning_rate: float = 2.5e-3

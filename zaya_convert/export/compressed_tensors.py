@@ -26,7 +26,7 @@ from zaya_convert.export import split
 from zaya_convert.export.arrays import Region
 from zaya_convert.files import read_json
 from zaya_convert.headers import RawTensor
-from zaya_convert.layout import TensorKey
+from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_quant.spec import ALLOWED_BITS, QuantSpec
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ if TYPE_CHECKING:
     from zaya_quant.qtensor import QuantTensor
 
 NAME = "compressed-tensors"
+
+# transformers 5.23 decodes all experts with one scheme and all else with another, and finds them by
+# patterns like these; lists of module names, which other readers accept too, it decodes wrongly.
+# They are used only where a role mixes schemes.
+_TARGETS = {"expert": r"re:.*mlp\.experts\..*", "attention": r"re:.*self_attn\..*"}
+
 _SUFFIXES = (".weight_packed", ".weight_scale", ".weight_shape")
 
 
@@ -75,18 +81,22 @@ def encode(value: torch.Tensor | QuantTensor) -> dict[str, torch.Tensor]:
 
 
 def config(plan: Plan) -> dict[str, Any]:
-    """transformers' configuration with a ``quantization_config``: explicit targets and ignores."""
-    modules: dict[QuantSpec, list[str]] = {}
+    """transformers' configuration with a ``quantization_config``: targets and explicit ignores."""
+    modules: dict[str, dict[QuantSpec, list[str]]] = {role: {} for role in _TARGETS}
     ignore = split.linear_modules(plan.source.config)
     for step in plan.steps:
+        role = PART_BY_NAME[step.key.part].role
         if step.spec is not None:
-            modules.setdefault(step.spec, []).append(step.key.module)
-        elif split.is_quantizable(step.key) and step.key.layer >= 0:
+            modules[role].setdefault(step.spec, []).append(step.key.module)
+        elif role in modules:
             ignore.append(step.key.module)
-    groups = {
-        f"group_{i}": _group(spec, names if len(modules) > 1 else ["Linear"])
-        for i, (spec, names) in enumerate(modules.items())
-    }
+    targets: dict[QuantSpec, list[str]] = {}
+    for role, specs in modules.items():
+        for spec, names in specs.items():
+            targets.setdefault(spec, []).extend([_TARGETS[role]] if len(specs) == 1 else names)
+    if len(targets) == 1:
+        targets = {spec: ["Linear"] for spec in targets}
+    groups = {f"group_{i}": _group(*item) for i, item in enumerate(targets.items())}
     quantization = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",

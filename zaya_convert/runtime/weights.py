@@ -130,11 +130,8 @@ class Weights:
             if isinstance(held, Tensor):
                 yield held[start : start + count]
             else:
-                yield (
-                    _cut(held, slice(start, start + count))
-                    .dequantize(self.dtype)
-                    .to(self.matrix_dtype)
-                )
+                rows = _cut(held, slice(start, start + count)).dequantize(self.dtype)
+                yield rows.to(self.matrix_dtype)
 
     def _read(self, key: TensorKey) -> Tensor:
         if key.part in _ALWAYS_FP32:
