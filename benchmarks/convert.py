@@ -55,7 +55,7 @@ def convert(model: Path, out: Path, extra: list[str]) -> dict[str, float]:
 
 def main() -> None:
     """Parse the command line, run, print one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Conversion speed and memory.")
     parser.add_argument("model", type=Path)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path, help="folder for the output (default: a temporary one)")
@@ -82,8 +82,8 @@ def main() -> None:
     print(f"{size:,.0f} MB of input, {os.cpu_count()} cores, {options.runs} runs")
     for name in rows[0]:
         values = [row[name] for row in rows]
-        middle = statistics.median(values)
-        print(f"{name:30} median {middle:10.2f}   min {min(values):10.2f}   max {max(values):10.2f}")
+        figures = statistics.median(values), min(values), max(values)
+        print(f"{name:30} median {figures[0]:9.2f}   min {figures[1]:9.2f}   max {figures[2]:9.2f}")
 
 
 if __name__ == "__main__":

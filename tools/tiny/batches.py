@@ -30,6 +30,7 @@ class Mix:
     drill_share: float
     slip_rate: float
     error_rate: float
+    foreign_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ def pool_of_batches(
 
     def long() -> Example:
         hidden = rng.randint(1, 3) if rng.random() < mix.drill_share else 0
-        return aggregation_example(rng, split, mix.slip_rate, mix.error_rate, hidden)
+        return aggregation_example(
+            rng, split, mix.slip_rate, mix.error_rate, hidden, mix.foreign_share
+        )
 
     shorts = _batches(tokenizer, short, mix.short_tokens, rng)
     longs = _batches(tokenizer, long, mix.long_tokens, rng)

@@ -43,7 +43,7 @@ candidates a problem. The brackets are 95 % bootstrap intervals over problems.
 
 Markovian RSA (N = {candidates}, C = {tails}, T = {rounds}, tails of {tail} tokens) changes the mean
 accuracy of its candidates by **{gain:+.3f}** [{gain_low:+.3f}, {gain_high:+.3f}]. In the control each
-prompt holds tails of another problem: what is left of the gain there is not due to reading.
+prompt holds tails of another problem: a gain seen there too would not be due to reading.
 
 ## Routing
 
@@ -62,14 +62,17 @@ so never skips. To get the model that was trained, copy `balancing_biases` from 
 
 `python tools/tiny/train.py --out DIR --seed {seed} --steps {steps}`: {trained_tokens:,} tokens,
 AdamW, warm-up, plateau, cosine decay over the last {decay:.0%} of the steps, matrix products in bf16,
-everything else in fp32, two CPU cores.{history} Load balancing is free of any loss: after each step
-the biases move towards 4 % of the tokens for the skip expert and equal shares for the others.
+everything else in fp32, two processes on a CPU. Routers and experts are drawn anew at step 1,000, when
+attention has something to route by. After each step the balancing biases move towards 4 % of the
+tokens for the skip expert and equal shares for the others, and a loss on each router's mean
+probabilities keeps it from preferring one expert for everything. {history}
 
 The mix: single problems; aggregation prompts (a problem and up to four tails of sampled-looking
 candidates, some wrong, then an improved trace); a reading drill (aggregation over steps whose result
 is random and stands in the tails only); a little prose. In the decay, traces of the training texts
 slip at {slip:.0%} of their steps, so that samples err independently, as large models do at
-temperature 1; an aggregated trace slips only where no candidate shows the right result.
+temperature 1; an aggregated trace slips only where no candidate shows the right result. Part of the
+aggregation prompts hold tails of another problem there, so that the prompt alone does not stop slips.
 
 ## Data
 
@@ -145,7 +148,7 @@ def model_card(
         seed=facts.seed,
         decay=facts.decay,
         slip=facts.slip,
-        history=f" {facts.history}" if facts.history else "",
+        history=facts.history,
         problem_rows=len((folder / "data" / "problems.jsonl").read_text().splitlines()),
     )
 

@@ -244,7 +244,12 @@ def draw_candidates(
 
 
 def aggregation_example(
-    rng: random.Random, split: str, slip_rate: float, error_rate: float, hidden: int = 0
+    rng: random.Random,
+    split: str,
+    slip_rate: float,
+    error_rate: float,
+    hidden: int = 0,
+    foreign_share: float = 0.0,
 ) -> Example:
     """A problem, candidate tails, and an improved trace.
 
@@ -254,7 +259,7 @@ def aggregation_example(
     """
     problem = draw_problem(rng, split, hidden)
     told = problem
-    if not hidden and rng.random() < FOREIGN_SHARE:
+    if foreign_share and not hidden and rng.random() < foreign_share:
         told = draw_problem(rng, split)
     tails = draw_candidates(told, rng, split, error_rate)
     truth = problem.values()

@@ -14,6 +14,7 @@ from transformers import ZayaForCausalLM
 
 from tools.tiny.data import (
     ERROR_RATE,
+    FOREIGN_SHARE,
     SLIP_RATE,
     Example,
     aggregation_example,
@@ -110,5 +111,7 @@ def _held_out_text(rng: random.Random, split: str) -> str:
     if chance < 0.60:
         example = single_example(rng, split, SLIP_RATE)
     else:
-        example = aggregation_example(rng, split, SLIP_RATE, ERROR_RATE)
+        example = aggregation_example(
+            rng, split, SLIP_RATE, ERROR_RATE, foreign_share=FOREIGN_SHARE
+        )
     return example.text

@@ -18,10 +18,9 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,28 +28,27 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
-from transformers import ZayaConfig, ZayaForCausalLM
+from transformers import ZayaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.tiny.batches import POOL_STEPS, Batch, Mix, batch_of, pool_of_batches
-from tools.tiny.data import ERROR_RATE, SLIP_RATE, aggregation_example, single_example
-from tools.tiny.fast import FastForward, difference_from_transformers
-from tools.tiny.package import write_package
-from tools.tiny.prose import prose_example
-from tools.tiny.tokenizer import (
-    BOS_ID,
-    IM_END_ID,
-    PAD_ID,
-    VOCAB_ROWS,
-    build_tokenizer,
+from tools.tiny.batches import POOL_STEPS, Batch, Mix, pool_of_batches
+from tools.tiny.data import (
+    ERROR_RATE,
+    FOREIGN_SHARE,
+    SLIP_RATE,
+    aggregation_example,
+    single_example,
 )
-
-CONTEXT = 2048
-SKIP_LOAD = 0.04
+from tools.tiny.fast import FastForward, difference_from_transformers
+from tools.tiny.model import balancing_biases, draw_weights, fresh_model, target_loads
+from tools.tiny.package import write_package
+from tools.tiny.probe import probe_batches, trace_probability
+from tools.tiny.prose import prose_example
+from tools.tiny.tokenizer import PAD_ID, build_tokenizer
 
 PLATEAU = Mix(1600, 1400, 0.06, 0.5, slip_rate=0.0, error_rate=0.08)
-DECAY = Mix(1500, 1700, 0.08, 0.4, slip_rate=SLIP_RATE, error_rate=ERROR_RATE)
+DECAY = Mix(1500, 1700, 0.08, 0.4, SLIP_RATE, ERROR_RATE, FOREIGN_SHARE)
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Settings:
     """What decides a run."""
 
     seed: int = 0
-    steps: int = 4288
+    steps: int = 4224
     decay_share: float = 0.25
     warmup: int = 80
     learning_rate: float = 2.5e-3
@@ -82,70 +80,6 @@ class Settings:
         return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def model_config() -> ZayaConfig:
-    """The real architecture at widths of 256."""
-    return ZayaConfig(
-        vocab_size=VOCAB_ROWS,
-        hidden_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        num_experts=16,
-        moe_intermediate_size=256,
-        router_hidden_size=256,
-        max_position_embeddings=CONTEXT,
-        pad_token_id=PAD_ID,
-        bos_token_id=BOS_ID,
-        eos_token_id=IM_END_ID,
-        architectures=["ZayaForCausalLM"],
-        dtype="bfloat16",
-    )
-
-
-def fresh_model(seed: int) -> ZayaForCausalLM:
-    """A model whose every path is alive at the first step."""
-    torch.manual_seed(seed)
-    model = ZayaForCausalLM(model_config()).float()
-    draw_weights(model, lambda name: True)
-    return model
-
-
-@torch.no_grad()
-def draw_weights(model: ZayaForCausalLM, wanted: Callable[[str], bool]) -> None:
-    """Draws the wanted weights; the other parameters keep what they have."""
-    for name, weight in model.named_parameters():
-        if wanted(name):
-            if weight.dim() == 2 and "embed" not in name:
-                weight.normal_(std=weight.shape[1] ** -0.5)
-            if name.endswith("out_proj.weight"):
-                weight.mul_(4.0)  # choices must differ between tokens before biases can balance
-            elif name.endswith("experts.gate_up_proj"):
-                weight.normal_(std=weight.shape[2] ** -0.5)
-            elif name.endswith(("experts.down_proj", "o_proj.weight")):
-                weight.normal_(std=0.5 * weight.shape[-1] ** -0.5)
-            elif name.endswith("embed_tokens.weight"):
-                weight.normal_(std=0.04)
-            elif name.endswith("input_hidden_states_scale"):
-                weight.fill_(12.0)
-            elif name.endswith("temp"):
-                weight.fill_(1.5)
-            elif ".mlp." in name and weight.dim() == 1:
-                weight.fill_(1.0 if name.endswith(("scale", "norm.weight")) else 0.0)
-    for biases in balancing_biases(model):
-        biases.zero_()
-
-
-def balancing_biases(model: ZayaForCausalLM) -> list[Tensor]:
-    """The biases of every router, bottom layer first."""
-    return [layer.mlp.gate.balancing_biases for layer in cast(Any, model.model.layers)]
-
-
-def target_loads(experts: int) -> Tensor:
-    """The wanted share of tokens of every expert, the skip expert last."""
-    return torch.tensor([(1 - SKIP_LOAD) / experts] * experts + [SKIP_LOAD])
-
-
 def corpus_tokenizer(seed: int) -> Tokenizer:
     """The tokenizer, learned from a sample of the training mix."""
     rng = random.Random(f"{seed}:tokenizer")
@@ -161,22 +95,6 @@ def loss_of(logits: Tensor, batch: Batch) -> Tensor:
     targets = batch.ids[:, 1:].flatten()
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="none")
     return (losses * weights).sum() / weights.sum()
-
-
-@torch.no_grad()
-def trace_probability(forward: FastForward, batch: Batch) -> tuple[float, float, float]:
-    """Of clean traces: the mean probability, and the shares of traces and tokens greedy gets.
-
-    The first is what sampling at temperature 1 scores, but for lucky double errors.
-    """
-    logits = forward(batch.ids)[0][:, :-1].log_softmax(-1)
-    targets = batch.ids[:, 1:]
-    learned = batch.weights[:, 1:] == 1.0
-    chosen = logits.gather(2, targets[..., None])[..., 0]
-    sampled = (chosen * learned).sum(1).exp().mean()
-    hits = logits.argmax(-1) == targets
-    greedy = (hits | ~learned).all(1).float().mean()
-    return float(sampled), float(greedy), float(hits[learned].float().mean())
 
 
 class Trainer:
@@ -235,6 +153,7 @@ class Trainer:
         """Writes the whole state, replacing the last one only when it is complete."""
         state = {
             "settings": asdict(self.settings),
+            "tokenizer": self.tokenizer.to_str(),
             "step": self.step,
             "tokens": self.tokens,
             "loads": self.loads,
@@ -248,6 +167,8 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Continues from a saved state; settings such as the number of steps may differ."""
         state = torch.load(path)
+        if state["tokenizer"] != self.tokenizer.to_str():  # its ids decide what the weights mean
+            raise SystemExit(f"{path}: saved with another tokenizer than this code builds")
         self.step, self.tokens, self.loads = state["step"], state["tokens"], state["loads"]
         self.model.load_state_dict(state["model"])
         if self.step != self.settings.experts_from:  # there the optimizer starts over anyway
@@ -301,19 +222,6 @@ class Trainer:
             error = ((target - now) / target).clamp(-1, 1)  # a delayed load would make it swing
             biases += self.settings.balance_rate * factor * error
             biases -= biases[:-1].mean()  # only differences matter: keep the experts centred
-
-
-def probe_batches(tokenizer: Tokenizer) -> dict[str, Batch]:
-    """Held-out examples without slips, to follow what a step has learned."""
-    rng = random.Random("probe")
-    singles = [single_example(rng, "validation", 0.0) for _ in range(32)]
-    tails = [aggregation_example(rng, "validation", 0.0, 0.08) for _ in range(16)]
-    drill = [aggregation_example(rng, "validation", 0.0, 0.08, 2) for _ in range(16)]
-    return {
-        "single": batch_of(tokenizer, singles),
-        "aggregate": batch_of(tokenizer, tails),
-        "drill": batch_of(tokenizer, drill),
-    }
 
 
 def run(trainer: Trainer, log_every: int) -> None:
