@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,11 @@ candidates a problem. The brackets are 95 % bootstrap intervals over problems.
 {accuracy}
 
 Markovian RSA (N = {candidates}, C = {tails}, T = {rounds}, tails of {tail} tokens) changes the mean
-accuracy of its candidates by **{gain:+.3f}** [{gain_low:+.3f}, {gain_high:+.3f}]. In the control each
-prompt holds tails of another problem: a gain seen there too would not be due to reading.
+accuracy of its candidates by **{gain:+.3f}** [{gain_low:+.3f}, {gain_high:+.3f}]. The control puts tails of
+another problem into each prompt. It shows what the aggregation prompt does without useful content
+(the model has learned that aggregated traces slip less often than single ones); over it, the right
+tails add **{reading:+.3f}** [{reading_low:+.3f}, {reading_high:+.3f}] in round 1. So accuracy alone says little here
+about whether tails are read: compare with the control.
 
 ## Routing
 
@@ -65,14 +69,15 @@ AdamW, warm-up, plateau, cosine decay over the last {decay:.0%} of the steps, ma
 everything else in fp32, two processes on a CPU. Routers and experts are drawn anew at step 1,000, when
 attention has something to route by. After each step the balancing biases move towards 4 % of the
 tokens for the skip expert and equal shares for the others, and a loss on each router's mean
-probabilities keeps it from preferring one expert for everything. {history}
+probabilities keeps it from preferring one expert for everything.
+{history}
 
 The mix: single problems; aggregation prompts (a problem and up to four tails of sampled-looking
 candidates, some wrong, then an improved trace); a reading drill (aggregation over steps whose result
 is random and stands in the tails only); a little prose. In the decay, traces of the training texts
 slip at {slip:.0%} of their steps, so that samples err independently, as large models do at
 temperature 1; an aggregated trace slips only where no candidate shows the right result. Part of the
-aggregation prompts hold tails of another problem there, so that the prompt alone does not stop slips.
+aggregation prompts hold tails of another problem there, to tie the fewer slips to what is read.
 
 ## Data
 
@@ -134,6 +139,9 @@ def model_card(
         rounds=settings["rounds"],
         tail=settings["tail"],
         gain=rsa["gain"],
+        reading=measured["foreign_tails"]["rsa_advantage"],
+        reading_low=measured["foreign_tails"]["rsa_advantage_interval"][0],
+        reading_high=measured["foreign_tails"]["rsa_advantage_interval"][1],
         gain_low=rsa["gain_interval"][0],
         gain_high=rsa["gain_interval"][1],
         accuracy=_accuracy_rows(measured),
@@ -148,7 +156,7 @@ def model_card(
         seed=facts.seed,
         decay=facts.decay,
         slip=facts.slip,
-        history=facts.history,
+        history="\n" + textwrap.fill(facts.history, 100) + "\n" if facts.history else "",
         problem_rows=len((folder / "data" / "problems.jsonl").read_text().splitlines()),
     )
 
@@ -157,7 +165,7 @@ def main() -> None:
     """Writes the card into the folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--measured", type=Path, required=True, help="JSON of evaluate.py")
+    parser.add_argument("--measured", type=Path, required=True, help="of evaluate.py --controls")
     parser.add_argument("--log", type=Path, required=True, help="log.jsonl of train.py")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--decay", type=float, default=0.25)

@@ -202,7 +202,11 @@ def evaluate(folder: Path, problems: int, settings: RsaSettings, controls: bool)
             ("foreign_tails", {"foreign_tails": True}),
         ):
             control = RsaSettings(**{**asdict(settings), "rounds": 1, **change})
-            result[name] = summary(run_rsa(model, tokenizer, rows, control, rounds[:1]), control)
+            control_rounds = run_rsa(model, tokenizer, rows, control, rounds[:1])
+            result[name] = summary(control_rounds, control)
+            advantage = rounds[1].correct - control_rounds[1].correct
+            result[name]["rsa_advantage"] = float(advantage.mean())
+            result[name]["rsa_advantage_interval"] = interval(advantage)
     for split in ("validation", "calibration"):
         texts = [row["text"] for row in read_rows(folder / "data" / f"{split}.jsonl")]
         result[split] = routing_and_perplexity(model, tokenizer, texts)
