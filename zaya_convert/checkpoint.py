@@ -136,9 +136,17 @@ class Checkpoint:
             return value if dtype is None else value.to(dtype)
         return value.dequantize(dtype or torch.float32)
 
-    def chunks(self, key: TensorKey, size: int = CHUNK_BYTES) -> Iterator[bytearray]:
+    def chunks(self, key: TensorKey, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
         """The raw bytes of a float tensor in bounded pieces."""
         yield from _piece_chunks(self.infos[key].pieces[""], size)
+
+    def forget(self, key: TensorKey) -> None:
+        """Tell the system that the cached pages of a tensor will not be needed again."""
+        for piece in self.infos[key].pieces.values():
+            with _opened(piece) as file:
+                os.posix_fadvise(
+                    file.fileno(), piece.begin, piece.end - piece.begin, os.POSIX_FADV_DONTNEED
+                )
 
     def side_files(self) -> dict[str, bytes]:
         """Tokenizer, template and licence files that belong to the model, by name."""
@@ -284,7 +292,7 @@ def _info(key: TensorKey, raw: RawTensor, place: Stored, config: ModelConfig) ->
     return TensorInfo(key, shape, raw.dtype, {"": Piece(raw.file, begin, end, raw.dtype, shape)})
 
 
-def _piece_chunks(piece: Piece, size: int) -> Iterator[bytearray]:
+def _piece_chunks(piece: Piece, size: int) -> Iterator[memoryview]:
     with _opened(piece) as file:
         for begin in range(piece.begin, piece.end, size):
             yield _pread(file.fileno(), piece, begin, min(begin + size, piece.end))
@@ -297,9 +305,11 @@ def _opened(piece: Piece) -> FileIO:
         raise InputError(f"cannot be read: {error.strerror}", piece.file.name) from None
 
 
-def _pread(descriptor: int, piece: Piece, begin: int, end: int) -> bytearray:
-    buffer = bytearray(end - begin)
-    view, position = memoryview(buffer), begin
+def _pread(descriptor: int, piece: Piece, begin: int, end: int) -> memoryview:
+    import numpy
+
+    buffer = numpy.empty(end - begin, numpy.uint8).data  # unlike a bytearray, not zeroed first
+    view, position = buffer, begin
     while position < end:
         try:
             count = os.preadv(descriptor, [view[position - begin :]], position)

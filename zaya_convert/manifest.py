@@ -32,8 +32,13 @@ class FileDigest:
     tensors: Mapping[str, tuple[str, str, tuple[int, ...]]]
 
 
-def digest_file(path: Path) -> FileDigest:
-    """Checksum a file, and every tensor in it if it is a safetensors file, in one pass."""
+def digest_file(path: Path, known: Mapping[str, str] | None = None) -> FileDigest:
+    """Checksum a file, and every tensor in it if it is a safetensors file, in one pass.
+
+    Args:
+        known: sha256 of tensors that were hashed when they were written; not hashed again.
+    """
+    known = known or {}
     tensors = read_header(path)[0] if path.suffix == ".safetensors" else {}
     total = hashlib.sha256()
     found: dict[str, tuple[str, str, tuple[int, ...]]] = {}
@@ -53,8 +58,9 @@ def digest_file(path: Path) -> FileDigest:
         for tensor in sorted(tensors.values(), key=lambda t: (t.begin, t.end)):
             take(tensor.begin - size)
             own = hashlib.sha256()
-            take(tensor.end - tensor.begin, own.update)
-            found[tensor.name] = (own.hexdigest(), tensor.dtype, tensor.shape)
+            take(tensor.end - tensor.begin, None if tensor.name in known else own.update)
+            digest = known.get(tensor.name) or own.hexdigest()
+            found[tensor.name] = (digest, tensor.dtype, tensor.shape)
         take(1 << 62)
     return FileDigest(path.name, size, total.hexdigest(), found)
 

@@ -28,7 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "zaya_convert.layout": (),
     "zaya_convert.config": ("zaya_convert.errors",),
     "zaya_convert.files": ("zaya_convert.errors", "zaya_convert.headers"),
-    "zaya_convert.checkpoint": (*_INDEX, "torch (lazy)"),
+    "zaya_convert.checkpoint": (*_INDEX, "torch (lazy)", "numpy (lazy)"),
     "zaya_convert.models": (*_INDEX, "zaya_convert.export", "huggingface_hub (lazy)"),
     "zaya_convert.inspect": (),
     "zaya_convert.manifest": (*_INDEX, "zaya_convert"),
