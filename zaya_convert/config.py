@@ -351,7 +351,30 @@ def _legacy_dims(fields: _Fields, shapes: Shapes) -> tuple[dict[str, int], list[
         "router_width": found["router_width"],
         "vocab_rows": found["vocab_rows"],
     }
-    return dims, _contradictions(fields, dims)
+    notes = _contradictions(fields, dims)
+    _check_depth(fields, 2 * dims["layers"], bool(notes[1:]))
+    return dims, notes
+
+
+def _check_depth(fields: _Fields, halves: int, lying: bool) -> None:
+    """Whether whole layers are missing at the end, which no tensor name gives away.
+
+    The per-half-layer lists of published configs have the true length even where
+    ``num_hidden_layers`` does not; that one counts only in a config that is right otherwise.
+    """
+    lists = ("zaya_layers", "swa_layers", "cca_num_q_heads", "num_query_groups_list",
+             "ffn_hidden_size_list", "zaya_mlp_expansion")  # fmt: skip
+    claims = {
+        name: len(fields.raw[name]) for name in lists if isinstance(fields.raw.get(name), list)
+    }
+    count = fields.raw.get("num_hidden_layers")
+    if not lying and type(count) is int:
+        claims["num_hidden_layers"] = count
+    fields.problems += [
+        f"{name} speaks of {claim} half-layers, the tensors hold {halves}: some are missing"
+        for name, claim in claims.items()
+        if claim > halves
+    ]
 
 
 def _contradictions(fields: _Fields, dims: Mapping[str, int]) -> list[str]:

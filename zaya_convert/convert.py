@@ -81,14 +81,20 @@ def execute(
             source that changed meanwhile.
         OutputExistsError, OutputError, UsageError: see ``publish``.
     """
-    if out.exists() and out.resolve() == plan.source.path.resolve():
-        raise UsageError(f"{out} is the input; it is never written to")
+    _check_apart(plan, out)
     started = time.monotonic()
     stamp = plan.source.stamp()
     plan.source.check_tied_copy()
     room = plan.bytes + (16 << 20)
     with (
-        workspace(out, plan.fingerprint(), room, resume=resume, overwrite=overwrite) as place,
+        workspace(
+            out,
+            plan.fingerprint(),
+            room,
+            marker=manifest.NAME,
+            resume=resume,
+            overwrite=overwrite,
+        ) as place,
         io_errors(out),
     ):
         records = _run_steps(plan, place, threads or os.cpu_count() or 1, progress)
@@ -104,6 +110,16 @@ def execute(
         out, size, plan.bits_per_weight, time.monotonic() - started, digest, widened,
         len(place.done),
     )  # fmt: skip
+
+
+def _check_apart(plan: Plan, out: Path) -> None:
+    """Refuse an output that is, holds or replaces a part of the input."""
+    target = out.resolve()
+    for path in (plan.source.path, *plan.source.files):
+        if path.resolve().is_relative_to(target):
+            raise UsageError(f"{out} is, or holds, the input; it is never written to")
+    if target.is_relative_to(plan.source.path.resolve()) and target.is_file():
+        raise UsageError(f"{out} is part of the input; it is never written to")
 
 
 def _run_steps(
@@ -226,6 +242,10 @@ def _run_step(plan: Plan, target: Packing, shards: ShardSet, step: Step) -> dict
         else:
             value = _quantize(value, step.spec, step.method, info)
             record["widened"] = value.spec != step.spec
+            if record["widened"] and (found := target.problems(info, value.spec)):
+                raise InputError([f"{_where(info)} needs wider scales: {p}" for p in found])
+    else:
+        _check_finite(value.scales.flatten(), info, 0)
     components = {name: _view(tensor) for name, tensor in target.encode(value).items()}
     for name, data in components.items():
         shards.write(step.regions[name], data)
@@ -268,7 +288,8 @@ def _check_finite(values: torch.Tensor, info: TensorInfo, offset: int) -> None:
 
 
 def _where(info: TensorInfo) -> str:
-    return f"{info.pieces[''].file.name}: {str(info.key)!r}"
+    piece = next(iter(info.pieces.values()))
+    return f"{piece.file.name}: {str(info.key)!r}"
 
 
 def _view(tensor: torch.Tensor) -> memoryview:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     total = sum(info.numel for info in infos.values())
     size = sum(info.bytes for info in infos.values())
     config = asdict(checkpoint.config)
+    source = checkpoint.manifest.get("source")
     return {
         "path": str(checkpoint.path),
         "layout": checkpoint.format,
@@ -36,7 +38,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "quantized": any(info.spec for info in infos.values()),
         "files": [path.name for path in checkpoint.files],
         "tokenizer": (checkpoint.path / "tokenizer.json").is_file(),
-        "source": dict(checkpoint.manifest.get("source", {})),
+        "source": dict(source) if isinstance(source, Mapping) else {},
         "notes": list(checkpoint.notes),
         "problems": [],
     }  # fmt: skip

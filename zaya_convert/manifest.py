@@ -32,6 +32,24 @@ class FileDigest:
     tensors: Mapping[str, tuple[str, str, tuple[int, ...]]]
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact, {} when it has none.
+
+    Raises:
+        InputError: it is not one of ours, or damaged.
+    """
+    if not (folder / NAME).is_file():
+        return {}
+    manifest = read_json(folder / NAME)
+    source = manifest.get("source")
+    known = isinstance(source, dict) and all(
+        isinstance(source.get(name), str) for name in ("digest", "model")
+    )
+    if manifest.get("schema") != SCHEMA or not known:
+        raise InputError("is damaged, or of another version", NAME)
+    return manifest
+
+
 def digest_file(path: Path, known: Mapping[str, str] | None = None) -> FileDigest:
     """Checksum a file, and every tensor in it if it is a safetensors file, in one pass.
 
@@ -97,26 +115,28 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda _: None) -> di
     Raises:
         InputError: no manifest, a missing, changed or unlisted file; all of them at once.
     """
-    if not (folder / NAME).is_file():
+    manifest = read(folder)
+    if not manifest:
         raise InputError(
             f"has no {NAME}; only artifacts that zaya-convert wrote can be verified", str(folder)
         )
-    manifest = read_json(folder / NAME)
     files: Any = manifest.get("files")
     tensors: Any = manifest.get("tensors")
-    if manifest.get("schema") != SCHEMA or not _well_formed(files, tensors):
+    if not _well_formed(files, tensors):
         raise InputError("is damaged, or of another version", NAME)
     problems = [f"{name} is missing" for name in files if not (folder / name).is_file()]
     listed = {*files, NAME}
     problems += [
         f"{path.name} is not in the manifest"
         for path in sorted(folder.iterdir())
-        if path.name not in listed and path.suffix in (".safetensors", ".json")
+        if path.name not in listed
     ]
+    unseen = set(tensors)
     for name, expected in files.items():
         if (folder / name).is_file():
-            problems += _compare(folder / name, expected, tensors)
+            problems += _compare(folder / name, expected, tensors, unseen)
             progress(expected["bytes"])
+    problems += [f"tensor {name!r} is in the manifest only" for name in sorted(unseen)]
     if problems:
         raise InputError(problems, folder.name)
     return manifest
@@ -134,19 +154,24 @@ def _well_formed(files: Any, tensors: Any) -> bool:
     )
 
 
-def _compare(path: Path, expected: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
-    if path.stat().st_size != expected["bytes"]:
-        return [f"{path.name}: {path.stat().st_size} bytes, expected {expected['bytes']}"]
+def _compare(
+    path: Path, expected: Mapping[str, Any], tensors: Mapping[str, Any], unseen: set[str]
+) -> list[str]:
+    """Problems of one file; takes the tensors it holds out of ``unseen``."""
     try:
         found = digest_file(path)
     except InputError as error:
+        unseen -= {name for name, entry in tensors.items() if entry.get("file") == path.name}
         return [str(error)]
-    if found.sha256 == expected["sha256"]:
-        return []
-    changed = [
-        f"{path.name}: tensor {name!r} has changed (sha256 {digest[:12]}..., "
-        f"expected {tensors[name]['sha256'][:12]}...)"
-        for name, (digest, *_) in found.tensors.items()
-        if name in tensors and tensors[name]["sha256"] != digest
-    ]
-    return changed or [f"{path.name}: has changed (sha256 {found.sha256[:12]}...)"]
+    unseen -= set(found.tensors)
+    changed = []
+    for name, (digest, dtype, shape) in found.tensors.items():
+        entry = {"file": path.name, "sha256": digest, "dtype": dtype, "shape": list(shape)}
+        if tensors.get(name) != entry:
+            changed.append(f"{path.name}: tensor {name!r} is not what the manifest says")
+    if not changed and (found.bytes, found.sha256) != (expected["bytes"], expected["sha256"]):
+        changed.append(
+            f"{path.name}: has changed ({found.bytes} bytes, sha256 {found.sha256[:12]}..., "
+            f"expected {expected['bytes']} bytes, {expected['sha256'][:12]}...)"
+        )
+    return changed

@@ -20,7 +20,7 @@ from zaya_convert.errors import InputError, UsageError
 from zaya_convert.export import Packing, packing
 from zaya_convert.export.arrays import Array, Region
 from zaya_convert.layout import TensorKey
-from zaya_convert.recipe import Recipe
+from zaya_convert.recipe import Recipe, unmatched
 from zaya_quant.methods import METHODS
 from zaya_quant.spec import QuantSpec
 
@@ -117,13 +117,16 @@ def make_plan(
         UsageError: a recipe for a source that is quantized already.
         InputError: everything the packing cannot hold, and every unknown method.
     """
-    if recipe is not None and any(info.spec for info in source.infos.values()):
+    quantized = any(info.spec for info in source.infos.values())
+    if recipe is not None and (quantized or source.manifest.get("recipe")):
         raise UsageError(
             f"{source.path.name} is quantized already, and rounding twice costs quality; "
             "use `export` to change its format, or quantize the original"
         )
     target = packing(packing_name)
-    problems: list[str] = []
+    problems = unmatched(recipe, source.infos) if recipe else []
+    if len({window for window in source.config.windows if window}) > 1:
+        problems.append("layers have windows of different sizes, which config.json cannot say")
     steps = [_step(source, info, recipe, target, problems) for info in source.infos.values()]
     if problems:
         raise InputError(problems, f"{packing_name} cannot hold this plan")

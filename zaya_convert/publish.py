@@ -30,7 +30,8 @@ def io_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         hint = "; free some space, then run again with --resume" * (error.errno == errno.ENOSPC)
-        raise OutputError(f"{error.filename or path}: {error.strerror}{hint}") from None
+        reason = error.strerror or str(error)
+        raise OutputError(f"{error.filename or path}: {reason}{hint}") from None
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Workspace:
             for path in self.partial.iterdir():
                 _fsync(path)
             _fsync(self.partial)
-            old = self.out.parent / f".{self.out.name}.old"
+            old = _old(self.out)
             if self.out.exists():
                 _remove(old)
                 self.out.rename(old)
@@ -95,13 +96,14 @@ class Journal:
 
 @contextmanager
 def workspace(
-    out: Path, fingerprint: str, needed_bytes: int, *, resume: bool, overwrite: bool
+    out: Path, fingerprint: str, needed_bytes: int, *, marker: str, resume: bool, overwrite: bool
 ) -> Iterator[Workspace]:
     """Claim an output path.
 
     Args:
         fingerprint: digest of everything that determines the output's bytes.
         needed_bytes: size of the finished output, checked against the disk before work begins.
+        marker: a file that every output holds; nothing else is ever replaced.
 
     Raises:
         OutputExistsError: the output exists (without ``overwrite``) or another run writes it.
@@ -114,8 +116,9 @@ def workspace(
     partial = out.parent / f".{out.name}.partial"
     with _locked(partial, out):
         try:
-            if out.exists() and not overwrite:
-                raise OutputExistsError(f"{out} exists; choose another -o, or pass --overwrite")
+            if _old(out).exists() and not out.exists():
+                _old(out).rename(out)  # an overwriting run was killed between its two renames
+            _check_free(out, marker, overwrite)
             done = _journal(partial, fingerprint, resume)
             if not done:
                 _empty(partial)
@@ -127,6 +130,23 @@ def workspace(
         finally:
             if partial.is_dir() and not any(partial.iterdir()):
                 partial.rmdir()
+
+
+def _old(out: Path) -> Path:
+    return out.parent / f".{out.name}.old"
+
+
+def _check_free(out: Path, marker: str, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not overwrite:
+        raise OutputExistsError(f"{out} exists; choose another -o, or pass --overwrite")
+    ours = out.is_dir() and ((out / marker).is_file() or not any(out.iterdir()))
+    if not ours:
+        raise OutputExistsError(
+            f"{out} exists and is not an artifact (it has no {marker}); --overwrite replaces "
+            "nothing else, so choose another -o"
+        )
 
 
 @contextmanager
@@ -159,11 +179,17 @@ def _journal(partial: Path, fingerprint: str, resume: bool) -> dict[str, dict[st
             records.append(json.loads(line))
         except ValueError:
             break  # a torn last line: that step was not finished
-    if not records or records[0].get("fingerprint") != fingerprint:
+    if not records:
+        return {}
+    if records[0].get("fingerprint") != fingerprint:
         raise InputError(
             f"{partial} belongs to another conversion (source, recipe or version changed); "
             "run without --resume to start over"
         )
+    # Without the torn line, which further ones would be appended to.
+    whole = path.with_suffix(".tmp")
+    whole.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    whole.replace(path)
     return {record["step"]: record for record in records[1:]}
 
 
@@ -183,7 +209,7 @@ def _empty(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ temperatures can never be matched: quantizing them costs far more than it saves.
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -30,6 +30,10 @@ from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_quant.spec import QuantSpec
 
 ROLES = {"experts": "expert", "attention": "attention", "embedding": "embedding"}
+
+# Names that a glob on experts is tried on, when no model is at hand: more than ZAYA1-8B has.
+_EXPERT_PARTS = tuple(part.name for part in PART_BY_NAME.values() if part.role == "expert")
+_LAYERS, _EXPERTS = 64, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +136,11 @@ def adjusted(
     group_size: int | None = None,
     method: str | None = None,
 ) -> Recipe:
-    """Apply command-line flags: ``bits`` to the expert rules, the others to every rule."""
+    """Apply command-line flags: ``bits`` to rules that speak of experts, the others to all."""
     rules = []
     for rule in recipe.rules:
         changes: dict[str, Any] = {}
-        if bits is not None and ("expert" in rule.match):
+        if bits is not None and _speaks_of_experts(rule):
             changes["bits"] = bits
         if group_size is not None:
             changes["group_size"] = group_size
@@ -150,6 +154,30 @@ def for_bits(bits: int) -> Recipe:
     """The recipe behind a plain ``--bits N``."""
     exact = f"int{bits}"
     return load(exact) if exact in shipped() else adjusted(load("int4"), bits=bits)
+
+
+def unmatched(recipe: Recipe, keys: Iterable[TensorKey]) -> list[str]:
+    """One line per rule that matches none of a model's quantizable tensors.
+
+    A rule whose tensors are all taken by earlier rules does match, and is no mistake.
+    """
+    quantizable = [key for key in keys if PART_BY_NAME[key.part].role != "float"]
+    return [
+        f"rule {number}: match {rule.match!r} matches no tensor{_nearest(rule.match, ROLES)}"
+        for number, rule in enumerate(recipe.rules, 1)
+        if not any(rule.matches(key) for key in quantizable)
+    ]
+
+
+def _speaks_of_experts(rule: Rule) -> bool:
+    if rule.match in ROLES:
+        return ROLES[rule.match] == "expert"
+    return "expert" in rule.match or any(
+        rule.matches(TensorKey(layer, part, expert))
+        for part in _EXPERT_PARTS
+        for expert in range(_EXPERTS)
+        for layer in range(_LAYERS)
+    )
 
 
 def _rule_problems(entry: object, where: str) -> list[str]:

@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from cli.running import Run, Zaya
 from nano import Nano
+from zaya_convert.cli.export import _origin_of
+from zaya_convert.inspect import describe
 from zaya_convert.models import open_model
 from zaya_quant.qtensor import QuantTensor
 
@@ -62,3 +66,20 @@ def test_as_a_process_with_the_default_name(
 ) -> None:
     done = process("export", artifact, "--packing", "dense", "-q", cwd=tmp_path)
     assert (done.code, done.out, done.err) == (0, "nano-int4-dense\n", "")
+
+
+def test_what_overrules_a_config_is_noted(zaya: Zaya, nano: Nano, tmp_path: Path) -> None:
+    lying = nano("legacy", lying=True)
+    out = ("--packing", "dense", "-o", tmp_path / "out", "--dry-run")
+    assert "num_hidden_layers" in zaya("export", lying, *out).err
+    assert zaya("export", lying, *out, "-q").err == ""
+    assert "num_hidden_layers" in zaya("quantize", lying, "--dry-run").err
+    assert zaya("inspect", lying).err == ""  # there they are part of the result
+
+
+@pytest.mark.parametrize("source", [None, "zaya1-tiny", [1], {"model": 5}, {}])
+def test_a_manifest_with_an_odd_source_has_no_origin(artifact: Path, source: object) -> None:
+    opened = open_model(str(artifact))
+    odd = replace(opened, manifest={**opened.manifest, "source": source})
+    assert _origin_of(odd.manifest) == ""
+    assert describe(odd)["source"] == (source if isinstance(source, dict) else {})

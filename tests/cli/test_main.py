@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 
 import zaya_convert.inspect
 from cli.running import Run, Zaya, environment, imported_by
 from zaya_convert import __version__
-from zaya_convert.cli.main import COMMANDS
+from zaya_convert.cli.main import COMMANDS, cli
 from zaya_convert.errors import EXIT_CODES
 
 pytest_plugins = ("cli.fixtures",)
@@ -210,6 +211,31 @@ def test_flag_over_environment_over_recipe(
     monkeypatch.setenv("ZAYA_CONVERT_QUANTIZE_BITS", "6")
     assert bits() == 6
     assert bits("--bits", "5") == 5
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_set_by_its_long_flag_in_the_environment(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = cli.make_context("zaya-convert", [name], resilient_parsing=True)
+    command = cli.get_command(context, name)
+    assert command is not None
+    child = click.Context(command, parent=context, info_name=name)
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    for option in options:
+        (flag,) = (text for text in option.opts if text.startswith("--"))
+        variable = "ZAYA_CONVERT_" + f"{name}_{flag[2:]}".replace("-", "_").upper()
+        assert option.value_from_envvar(child) is None
+        monkeypatch.setenv(variable, "1")
+        assert option.value_from_envvar(child) == "1", variable
+        monkeypatch.delenv(variable)
+
+
+def test_json_by_environment(
+    zaya: Zaya, monkeypatch: pytest.MonkeyPatch, nano_hybrid: Path
+) -> None:
+    monkeypatch.setenv("ZAYA_CONVERT_INSPECT_JSON", "1")
+    assert zaya("inspect", nano_hybrid).json()["layout"] == "hybrid"
 
 
 def test_quiet_before_or_after_the_command(zaya: Zaya, nano_hybrid: Path, tmp_path: Path) -> None:

@@ -120,3 +120,45 @@ def test_flags_leave_kept_tensors_alone() -> None:
     changed = recipe.adjusted(kept, bits=8, group_size=128)
     assert changed.rules[0] == kept.rules[0]
     assert changed.rules[1].group_size == 128
+
+
+@pytest.mark.parametrize(
+    ("match", "changed"),
+    [
+        ("experts", True),
+        ("model.layers.0.mlp.experts.*", True),
+        ("*gate_proj", True),
+        ("model.layers.3?.mlp.*", True),
+        ("*.7.down_proj.weight", True),
+        ("*", True),
+        ("attention", False),
+        ("embedding", False),
+        ("*o_proj", False),
+        ("model.layers.*.self_attn.*", False),
+    ],
+)
+def test_bits_are_those_of_rules_that_speak_of_experts(match: str, changed: bool) -> None:
+    (rule,) = recipe.adjusted(parsed({"match": match, "bits": 8}), bits=3).rules
+    assert rule.bits == (3 if changed else 8)
+
+
+def test_rules_that_match_nothing_are_named_with_the_nearest_role() -> None:
+    found = parsed(
+        {"match": "experts"},
+        {"match": "atention"},
+        {"match": "model.layers.1.mlp.experts.3.*"},  # shadowed by rule 1, which is no mistake
+        {"match": "model.layers.99.*"},
+        {"match": "*mlp.gate*", "keep": True},  # the router path is never quantized anyway
+    )
+    router = TensorKey(0, "mlp.gate.down_proj.weight")
+    assert recipe.unmatched(found, [EXPERT, ATTENTION, EMBEDDING, router]) == [
+        "rule 2: match 'atention' matches no tensor (did you mean 'attention'?)",
+        "rule 4: match 'model.layers.99.*' matches no tensor",
+        "rule 5: match '*mlp.gate*' matches no tensor",
+    ]
+
+
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_shipped_recipes_match_a_model(name: str) -> None:
+    model = layout.keys(2, 4, frozenset())
+    assert recipe.unmatched(recipe.load(name), model) == []

@@ -1,6 +1,7 @@
 """The proof finds what is wrong, and only that."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -123,6 +124,12 @@ def test_data_files(nano_hybrid: Path, tmp_path: Path) -> None:
     for text, message in [
         ('{"ids": [1, 99999]}', "outside"),
         ('{"ids": [1, -5]}', "outside"),
+        ('{"ids": [1]}\n{"ids": [1, 99999999999999999999]}', "bad.jsonl:2: token id .* outside"),
+        ('{"ids": [1, 1' + "0" * 400 + "]}", "bad.jsonl:1: token id .* outside"),
+        ('{"ids": 5}', "bad.jsonl:1: ids must be a list of integers"),
+        ('{"ids": [true]}', "bad.jsonl:1: ids must be a list of integers"),
+        ('{"ids": ' + "[" * 100_000 + "]" * 100_000 + "}", "bad.jsonl:1: not valid JSON"),
+        ('[{"ids": [1]}]', "bad.jsonl:1: expected a JSON object"),
         ("{oops", "bad.jsonl:1.*JSON"),
         ('{"words": 1}', "needs one of"),
         ('{"text": "hello"}', "tokenizer"),
@@ -132,3 +139,45 @@ def test_data_files(nano_hybrid: Path, tmp_path: Path) -> None:
         bad.write_text(text)
         with pytest.raises(InputError, match=message):
             data.load_sequences(model, str(bad), tokens=10, length=5)
+
+
+def _with_tokenizer(folder: Path, into: Path, text: str) -> data.Sequences:
+    """Sequences without ``--data`` for a copy of a checkpoint with this tokenizer."""
+    shutil.copytree(folder, into)
+    (into / "tokenizer.json").write_text(text)
+    return data.load_sequences(open_model(str(into)), None, tokens=60, length=30)
+
+
+def test_what_the_bundled_text_is_to_a_checkpoint(
+    nano: Nano, bundled: Path, tmp_path: Path
+) -> None:
+    own = (bundled / "tokenizer.json").read_text()
+    fits = nano(vocab_rows=768)
+    same = _with_tokenizer(fits, tmp_path / "same", own)
+    assert same.description == "bundled validation text"
+    other = _with_tokenizer(fits, tmp_path / "other", own + "\n")
+    assert other.description.startswith("bundled validation text (arithmetic; pass --data")
+    assert other.digest == same.digest
+    beyond = _with_tokenizer(nano(), tmp_path / "beyond", own)  # 740 tokens, 96 rows
+    assert beyond.description.startswith("random token ids (the tokenizer goes beyond")
+    assert max(int(ids.max()) for ids in beyond.ids) < 96
+    shipped = data.load_sequences(open_model(None), None, tokens=60, length=30)
+    assert (shipped.description, shipped.digest) == (same.description, same.digest)
+
+
+def test_jsonl_of_text(bundled: Path, tmp_path: Path) -> None:
+    model = open_model(str(bundled))
+    file = tmp_path / "text.jsonl"
+    file.write_bytes('{"text": "one\u2028two\x85"}\r\n{"text": "three"}\n'.encode())
+    found = data.load_sequences(model, str(file), tokens=100, length=50)
+    assert (len(found.ids), found.description) == (2, "text.jsonl")
+    deep = "[" * 900 + "]" * 900
+    for line in (
+        '{"text": "\\ud800"}',
+        '{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        '{"messages": [5, {"role": "user"}], "messages": 1}',
+        f'{{"text": {deep}}}',
+    ):
+        file.write_text('{"text": "good"}\n' + line)
+        with pytest.raises(InputError, match=r"text\.jsonl:2: "):
+            data.load_sequences(model, str(file), tokens=100, length=50)

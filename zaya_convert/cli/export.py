@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from zaya_convert import models
-from zaya_convert.cli.conversion import Writing, carry_out, default_output
+from zaya_convert.cli.conversion import Writing, carry_out, default_output, open_named
 from zaya_convert.cli.output import Output, output_options
 from zaya_convert.cli.params import MODEL, writing_options
 
@@ -25,13 +26,14 @@ from zaya_convert.cli.params import MODEL, writing_options
 @writing_options
 @output_options
 def command(model: str, format: str, out: Output, **options: Any) -> None:
-    """Write MODEL in another packing: the same codes and scales, nothing is rounded again.
+    """Write MODEL in another packing: the same codes and scales, never quantized again.
 
-    A float checkpoint can be written with --packing dense: that turns the legacy layout into the
-    hybrid one. Prints the output's path.
+    --packing dense writes large matrices in bf16: dequantized values, and float matrices that the
+    source holds wider, are rounded to it. A float checkpoint can only be written so: that turns
+    the legacy layout into the hybrid one. Prints the output's path.
     """
     writing = Writing(**options)
-    source = models.open_model(model)
+    source = open_named(model, out)
     from zaya_convert.plan import make_plan
 
     origin = writing.base_model or models.origin(model) or _origin_of(source.manifest)
@@ -42,5 +44,6 @@ def command(model: str, format: str, out: Output, **options: Any) -> None:
 
 def _origin_of(manifest: Any) -> str:
     """An artifact of an artifact keeps the name of the model they both come from."""
-    name = manifest.get("source", {}).get("model", "")
+    source = manifest.get("source") if isinstance(manifest, Mapping) else None
+    name = source.get("model") if isinstance(source, Mapping) else None
     return name if isinstance(name, str) else ""

@@ -24,7 +24,7 @@ def command(model: str | None, out: Output) -> None:
     A damaged checkpoint is an error (exit code 3) that lists every problem.
     """
     try:
-        facts = inspect.describe(open_named(model, out))
+        facts = inspect.describe(open_named(model, out, notes=False))
     except InputError as error:
         if len(error.problems) <= _FEW:
             raise

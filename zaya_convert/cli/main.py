@@ -50,6 +50,9 @@ EPILOG = "\n\n".join(
 )
 
 
+_PREFIX = "ZAYA_CONVERT"
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM; a ``KeyboardInterrupt`` so that whatever handles one handles the other."""
 
@@ -65,7 +68,7 @@ class LazyGroup(click.Group):
         """Import one command."""
         if cmd_name not in COMMANDS:
             return None
-        return importlib.import_module(COMMANDS[cmd_name][0]).command
+        return _named_environment(importlib.import_module(COMMANDS[cmd_name][0]).command, cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list in ``--help``, without importing anything."""
@@ -97,7 +100,7 @@ class LazyGroup(click.Group):
     PROGRAM,
     cls=LazyGroup,
     epilog=EPILOG,
-    context_settings={"auto_envvar_prefix": "ZAYA_CONVERT", "help_option_names": ["-h", "--help"]},
+    context_settings={"auto_envvar_prefix": _PREFIX, "help_option_names": ["-h", "--help"]},
 )
 @click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")
 @click.option("-q", "--quiet", is_flag=True, help="Print the result only: no progress, no notes.")
@@ -151,6 +154,16 @@ def explain(error: Exception) -> tuple[str, int]:
     what = "out of memory" if isinstance(error, MemoryError) else "internal error"
     detail = " ".join(f"{type(error).__name__}: {error}".split())
     return f"{what} ({detail}); set ZAYA_CONVERT_DEBUG=1 for the traceback", 1
+
+
+def _named_environment(command: click.Command, name: str) -> click.Command:
+    """Name every option's variable after its long flag; click takes the Python parameter."""
+    for option in command.params:
+        if isinstance(option, click.Option):
+            words = (_PREFIX, name, max(option.opts, key=len).lstrip("-"))
+            option.envvar = "_".join(words).replace("-", "_").upper()
+            option.allow_from_autoenv = False
+    return command
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

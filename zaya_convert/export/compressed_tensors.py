@@ -16,6 +16,7 @@ tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from zaya_convert.export.arrays import Region
 from zaya_convert.files import read_json
 from zaya_convert.headers import RawTensor
 from zaya_convert.layout import PART_BY_NAME, TensorKey
-from zaya_quant.spec import ALLOWED_BITS, QuantSpec
+from zaya_quant.spec import QuantSpec
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +88,9 @@ def config(plan: Plan) -> dict[str, Any]:
     for step in plan.steps:
         role = PART_BY_NAME[step.key.part].role
         if step.spec is not None:
-            modules[role].setdefault(step.spec, []).append(step.key.module)
+            # the dtype of the scales stands in the file, not here
+            scheme = replace(step.spec, scale_dtype="float16")
+            modules[role].setdefault(scheme, []).append(step.key.module)
         elif role in modules:
             ignore.append(step.key.module)
     targets: dict[QuantSpec, list[str]] = {}
@@ -134,7 +137,7 @@ def open_artifact(folder: Path) -> Checkpoint:
         if (packed.dtype, size.dtype, size.shape) != ("I32", "I64", (2,)):
             return None
         for bits, group in declared:
-            if bits not in ALLOWED_BITS or scale.dtype not in split.SCALE_NAME:
+            if scale.dtype not in split.SCALE_NAME:
                 continue
             spec = QuantSpec(bits, group, scale_dtype=split.SCALE_NAME[scale.dtype])
             rows, columns = shape
@@ -200,4 +203,8 @@ def _declared(group: object) -> tuple[int, int] | str:
         size = -1
     if type(bits) is not int or type(size) is not int:
         return f"num_bits {bits!r} and group_size {size!r} are not integers"
+    try:
+        QuantSpec(bits, size)
+    except ValueError as error:
+        return str(error)
     return bits, size

@@ -8,10 +8,11 @@ bf16; the float set (router, norms, scales, convolutions) keeps its stored dtype
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zaya_convert import layout
+from zaya_convert import layout, manifest
 from zaya_convert.checkpoint import Checkpoint, TensorInfo, open_source
 from zaya_convert.config import ModelConfig
 from zaya_convert.export.arrays import Array, Region
@@ -64,5 +65,5 @@ def recognises(config: Mapping[str, Any]) -> bool:
 
 
 def open_artifact(folder: Path) -> Checkpoint:
-    """A dense twin is a float checkpoint like any other."""
-    return open_source(folder)
+    """A dense twin is a float checkpoint like any other, with a manifest if we wrote it."""
+    return replace(open_source(folder), manifest=manifest.read(folder))

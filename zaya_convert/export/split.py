@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from zaya_convert import layout
+from zaya_convert import layout, manifest
 from zaya_convert.checkpoint import Checkpoint, Decoder, Piece, TensorInfo, match_tensors
 from zaya_convert.config import ModelConfig, normalise
 from zaya_convert.errors import InputError
@@ -21,7 +21,6 @@ from zaya_quant.spec import QuantSpec
 
 SCALE_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 SCALE_NAME = {dtype: name for name, dtype in SCALE_DTYPE.items()}
-MANIFEST = "zaya-convert.json"
 
 # Told the shapes of a matrix's arrays, name its spec; None when they make no sense.
 SpecOf = Callable[[TensorKey, tuple[int, ...], Mapping[str, RawTensor]], QuantSpec | None]
@@ -109,5 +108,6 @@ def open_split(
     if problems:
         raise InputError(problems, folder.name)
     infos = {key: quantized.get(key) or floats[key] for key in keys}
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
-    return Checkpoint(folder, name, config, raw, infos, tuple(notes), manifest, decoder, tied_copy)
+    return Checkpoint(
+        folder, name, config, raw, infos, tuple(notes), manifest.read(folder), decoder, tied_copy
+    )
