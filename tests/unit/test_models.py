@@ -87,7 +87,7 @@ def test_a_link_that_leaves_the_cache_is_refused(cache: Path, tmp_path: Path) ->
 def test_a_bare_hub_id_is_told_how_to_write_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no such folder; for the Hub write hf://org/name$"):
         models.resolve("org/name")
-    with pytest.raises(InputError, match="no such folder$"):
+    with pytest.raises(InputError, match=r"no such folder$"):
         models.resolve(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"has no config\.json"):
         models.resolve(str(tmp_path))
