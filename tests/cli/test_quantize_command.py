@@ -177,6 +177,14 @@ def test_an_existing_output_needs_overwrite(
     assert done.code == 6
     assert "--overwrite" in done.err
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+    refused = zaya("quantize", nano_hybrid, "-o", out, "--overwrite")  # of what it never wrote
+    assert refused.code == 6
+    assert "not an artifact" in refused.err
+    assert (out / "mine").read_text() == "kept"
+    shutil.rmtree(out)
+    assert zaya("quantize", nano_hybrid, "-o", out, "--bits", "8").code == 0
+    assert digests(out) != digests(artifact)
+    assert zaya("quantize", nano_hybrid, "-o", out).code == 6
     assert zaya("quantize", nano_hybrid, "-o", out, "--overwrite").code == 0
     assert digests(out) == digests(artifact)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -66,7 +66,7 @@ _WRITING = (
     click.option("--threads", type=click.IntRange(1), help="Default: one per core."),
     click.option("--dry-run", is_flag=True, help="Print the plan and exact sizes; write nothing."),
     click.option("--resume", is_flag=True, help="Continue an interrupted run."),
-    click.option("--overwrite", is_flag=True, help="Replace an existing output when done."),
+    click.option("--overwrite", is_flag=True, help="Replace an existing artifact when done."),
 )
 
 
