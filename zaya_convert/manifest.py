@@ -131,12 +131,10 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda _: None) -> di
         for path in sorted(folder.iterdir())
         if path.name not in listed
     ]
-    unseen = set(tensors)
     for name, expected in files.items():
         if (folder / name).is_file():
-            problems += _compare(folder / name, expected, tensors, unseen)
+            problems += _compare(folder / name, expected, tensors)
             progress(expected["bytes"])
-    problems += [f"tensor {name!r} is in the manifest only" for name in sorted(unseen)]
     if problems:
         raise InputError(problems, folder.name)
     return manifest
@@ -151,27 +149,31 @@ def _well_formed(files: Any, tensors: Any) -> bool:
         all(isinstance(e, dict) and isinstance(e.get("sha256"), str) for e in entries)
         and all(type(entry.get("bytes")) is int for entry in files.values())
         and all(Path(name).name == name for name in files)
+        and all(entry.get("file") in files for entry in tensors.values())
     )
 
 
-def _compare(
-    path: Path, expected: Mapping[str, Any], tensors: Mapping[str, Any], unseen: set[str]
-) -> list[str]:
-    """Problems of one file; takes the tensors it holds out of ``unseen``."""
+def _compare(path: Path, expected: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
+    """Problems of one file and of the tensors that the manifest places in it."""
+    if path.stat().st_size != expected["bytes"]:
+        return [f"{path.name}: {path.stat().st_size} bytes, expected {expected['bytes']}"]
     try:
         found = digest_file(path)
     except InputError as error:
-        unseen -= {name for name, entry in tensors.items() if entry.get("file") == path.name}
         return [str(error)]
-    unseen -= set(found.tensors)
-    changed = []
-    for name, (digest, dtype, shape) in found.tensors.items():
-        entry = {"file": path.name, "sha256": digest, "dtype": dtype, "shape": list(shape)}
-        if tensors.get(name) != entry:
-            changed.append(f"{path.name}: tensor {name!r} is not what the manifest says")
-    if not changed and (found.bytes, found.sha256) != (expected["bytes"], expected["sha256"]):
+    listed = {name: entry for name, entry in tensors.items() if entry["file"] == path.name}
+    held = {
+        name: {"file": path.name, "sha256": digest, "dtype": dtype, "shape": list(shape)}
+        for name, (digest, dtype, shape) in found.tensors.items()
+    }
+    changed = [
+        f"{path.name}: tensor {name!r} has changed: not what the manifest says"
+        for name in sorted({*listed, *held})
+        if listed.get(name) != held.get(name)
+    ]
+    if not changed and found.sha256 != expected["sha256"]:
         changed.append(
-            f"{path.name}: has changed ({found.bytes} bytes, sha256 {found.sha256[:12]}..., "
-            f"expected {expected['bytes']} bytes, {expected['sha256'][:12]}...)"
+            f"{path.name}: has changed (sha256 {found.sha256[:12]}..., "
+            f"expected {expected['sha256'][:12]}...)"
         )
     return changed

@@ -65,7 +65,11 @@ def _fetch(name: str) -> Path:
     if not match:
         raise InputError("is not of the form hf://org/name[@revision]", name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(
@@ -75,5 +79,5 @@ def _fetch(name: str) -> Path:
         )
     except LocalEntryNotFoundError:
         raise InputError("is not in the local cache, and the Hub cannot be reached", name) from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise InputError(f"cannot be fetched: {str(error).splitlines()[0]}", name) from None
