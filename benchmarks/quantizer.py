@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/quantizer.py
 
-One 4096 x 2048 bf16 matrix of normal values, symmetric, fp16 scales, the full scale search. Printed:
-million weights per second, median of several calls, interleaved over instruction sets.
+One 4096 x 2048 bf16 matrix of normal values, symmetric, fp16 scales, the full scale search.
+Printed: million weights per second, median of several calls, interleaved over instruction sets.
 """
 
 from __future__ import annotations

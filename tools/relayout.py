@@ -289,7 +289,7 @@ def relayout(
     )  # fmt: skip
 
 
-def _copier(source: Checkpoint, keys: Sequence[TensorKey]) -> Callable[[], Iterable[bytearray]]:
+def _copier(source: Checkpoint, keys: Sequence[TensorKey]) -> Callable[[], Iterable[memoryview]]:
     return lambda: (chunk for key in keys for chunk in source.chunks(key))
 
 

@@ -44,11 +44,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # formats: none knows another, except the parts two of them share
     "zaya_convert.export": (*_INDEX,),
     "zaya_convert.export.arrays": ("zaya_convert.headers",),
-    "zaya_convert.export.split": (*_INDEX, "zaya_convert", "zaya_convert.manifest", "zaya_convert.export.arrays",
-                                  "zaya_quant.spec"),
+    "zaya_convert.export.split": (*_INDEX, "zaya_convert", "zaya_convert.manifest",
+                                  "zaya_convert.export.arrays", "zaya_quant.spec"),
     "zaya_convert.export.safetensors": ("zaya_convert.export.arrays",),
-    "zaya_convert.export.dense": (*_INDEX, "zaya_convert", "zaya_convert.manifest", "zaya_convert.export.arrays",
-                                  "torch (lazy)"),
+    "zaya_convert.export.dense": (*_INDEX, "zaya_convert", "zaya_convert.manifest",
+                                  "zaya_convert.export.arrays", "torch (lazy)"),
     "zaya_convert.export.compressed_tensors": (
         *_INDEX, "zaya_convert.export", "zaya_convert.export.arrays", "zaya_convert.export.split",
         "zaya_quant", "torch (lazy)"),
