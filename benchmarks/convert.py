@@ -1,7 +1,7 @@
 """Conversion speed and memory, side by side with what the machine can read and hash.
 
-    python tools/synthetic.py --preset 8b --layout hybrid --out /tmp/8b
-    python benchmarks/convert.py /tmp/8b --runs 3
+    python tools/synthetic.py --preset 8b --layout hybrid --out DIR
+    python benchmarks/convert.py DIR --runs 3
 
 Every run is a fresh process, after one pass over the input that is not counted. Printed: medians
 of wall seconds, MB of input per second, peak resident memory, and the ratio to two ceilings taken

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zaya_convert.checkpoint import Checkpoint
-    from zaya_quant.spec import QuantSpec
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -64,16 +63,9 @@ def storage(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """Tensors, weights and bytes by how they are stored."""
     rows: dict[str, dict[str, Any]] = {}
     for info in checkpoint.infos.values():
-        kind = info.dtype if info.spec is None else spec_name(info.spec)
+        kind = info.dtype if info.spec is None else info.spec.label
         row = rows.setdefault(kind, {"kind": kind, "tensors": 0, "weights": 0, "bytes": 0})
         row["tensors"] += 1
         row["weights"] += info.numel
         row["bytes"] += info.bytes
     return list(rows.values())
-
-
-def spec_name(spec: QuantSpec) -> str:
-    """``int4 group 32 symmetric float16``."""
-    group = "per channel" if spec.group_size < 0 else f"group {spec.group_size}"
-    kind = "symmetric" if spec.symmetric else "asymmetric"
-    return f"int{spec.bits} {group} {kind} {spec.scale_dtype}"

@@ -93,7 +93,7 @@ class Plan:
         """Exact sizes by kind of tensor, for ``--dry-run``."""
         groups: dict[str, dict[str, int]] = {}
         for step in self.steps:
-            name = "float" if step.spec is None else _spec_name(step.spec)
+            name = "float" if step.spec is None else step.spec.label
             row = groups.setdefault(name, {"tensors": 0, "weights": 0, "bytes": 0})
             row["tensors"] += 1
             row["weights"] += self.source.infos[step.key].numel
@@ -154,9 +154,3 @@ def _step(
     regions = target.regions(info, spec, source.config)
     copy = spec is None and all(r.array.dtype == info.dtype for r in regions.values())
     return Step(info.key, spec, method, regions, copy)
-
-
-def _spec_name(spec: QuantSpec) -> str:
-    group = "per channel" if spec.group_size < 0 else f"group {spec.group_size}"
-    kind = "symmetric" if spec.symmetric else "asymmetric"
-    return f"int{spec.bits} {group} {kind}"

@@ -88,6 +88,8 @@ def to_text(report: Report, *, color: bool = False) -> str:
     for check in report.checks:
         if check.limit is not None or not check.passed:
             console.print(check_line(check), highlight=False)
+    if all(check.limit is None for check in report.checks):
+        console.print("no bounds asked for (--max-kl, --min-top1, ...): only soundness was judged")
     style = "bold green" if report.verdict == "pass" else "bold red"
     console.print(f"verdict: {report.verdict}", style=style, highlight=False)
     return out.getvalue()

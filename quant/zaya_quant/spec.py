@@ -58,6 +58,13 @@ class QuantSpec:
         """The largest code."""
         return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
+    @property
+    def label(self) -> str:
+        """For people: ``int4 group 32 symmetric float16``."""
+        group = "per channel" if self.group_size == PER_CHANNEL else f"group {self.group_size}"
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"int{self.bits} {group} {kind} {self.scale_dtype}"
+
     def group_length(self, in_features: int) -> int:
         """Inputs per group; the last group of a row may be shorter."""
         if in_features < 1:

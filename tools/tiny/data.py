@@ -28,7 +28,6 @@ MODULUS = 100
 MIN_STEPS = 3
 MAX_STEPS = 6
 LABELS = "ABCDEF"
-TAILS_PER_PROMPT = 4
 TAIL_TOKENS = 40
 # Of single traces at the end of training, and of the candidates in aggregation prompts, a step.
 SLIP_RATE = 0.09
