@@ -162,6 +162,16 @@ class Checkpoint:
         """The weight files, sorted."""
         return tuple(sorted({p.file for i in self.infos.values() for p in i.pieces.values()}))
 
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors, scales included."""
+        return sum(info.bytes for info in self.infos.values())
+
+    @property
+    def weights(self) -> int:
+        """Number of logical weights."""
+        return sum(info.numel for info in self.infos.values())
+
     def stamp(self) -> dict[str, list[int]]:
         """Size and modification time of every weight file: a cheap "has it changed?"."""
         stats = {path.name: path.stat() for path in self.files}
@@ -203,6 +213,16 @@ class SourceDigest:
         for key in keys:
             total.update(self._lines[key].encode())
         return total.hexdigest()
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors one that this package reads."""
+    import torch
+
+    return {
+        "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
+        "I64": torch.int64, "U8": torch.uint8, "I8": torch.int8,
+    }[name]  # fmt: skip
 
 
 def open_source(folder: Path) -> Checkpoint:
@@ -324,10 +344,6 @@ def _pread(descriptor: int, piece: Piece, begin: int, end: int) -> memoryview:
 def _tensor(piece: Piece) -> torch.Tensor:
     import torch
 
-    dtypes = {
-        "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
-        "I64": torch.int64, "U8": torch.uint8, "I8": torch.int8,
-    }  # fmt: skip
     with _opened(piece) as file:
         buffer = _pread(file.fileno(), piece, piece.begin, piece.end)
-    return torch.frombuffer(buffer, dtype=dtypes[piece.dtype]).reshape(piece.shape)
+    return torch.frombuffer(buffer, dtype=torch_dtype(piece.dtype)).reshape(piece.shape)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from zaya_convert import __version__, card, manifest
-from zaya_convert.checkpoint import SourceDigest, TensorInfo
+from zaya_convert.checkpoint import SourceDigest, TensorInfo, torch_dtype
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.export import Packing, packing
 from zaya_convert.export.safetensors import ShardSet
@@ -42,7 +42,6 @@ _KEPT_BYTES = 256 << 20
 # running steps hold memory.
 _IN_FLIGHT = 512
 _FP16_NORMAL = 2.0**-14
-_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,7 @@ def execute(
         OutputExistsError, OutputError, UsageError: see ``publish``.
     """
     _check_apart(plan, out)
+    threads = threads or os.cpu_count() or 1
     started = time.monotonic()
     stamp = plan.source.stamp()
     plan.source.check_tied_copy()
@@ -97,13 +97,13 @@ def execute(
         ) as place,
         io_errors(out),
     ):
-        records = _run_steps(plan, place, threads or os.cpu_count() or 1, progress)
+        records = _run_steps(plan, place, threads, progress)
         if plan.source.stamp() != stamp:
             place.discard()
             raise InputError("changed while it was read", plan.source.path.name)
         digest = _source_digest(plan, records)
         widened = tuple(key for key, record in records.items() if record["widened"])
-        _finish(plan, place, records, digest, widened, threads or os.cpu_count() or 1)
+        _finish(plan, place, records, digest, widened, threads)
         size = sum(path.stat().st_size for path in place.partial.glob("*.safetensors"))
         place.publish()
     return Result(
@@ -142,7 +142,7 @@ def _run_steps(
 
     # Pages of a source that memory cannot hold would only push out those of the output, which is
     # read once more at the end.
-    large = sum(i.bytes for i in plan.source.infos.values()) > _physical_memory() // 2
+    large = plan.source.bytes > _physical_memory() // 2
 
     def work(step: Step) -> dict[str, Any]:
         record = _run_step(plan, target, shards, step)
@@ -229,7 +229,7 @@ def _run_step(plan: Plan, target: Packing, shards: ShardSet, step: Step) -> dict
         (region,) = step.regions.values()
         digest, offset = hashlib.sha256(), 0
         for chunk in plan.source.chunks(step.key):
-            _check_finite(torch.frombuffer(chunk, dtype=_TORCH[info.dtype]), info, offset)
+            _check_finite(torch.frombuffer(chunk, dtype=torch_dtype(info.dtype)), info, offset)
             digest.update(chunk)
             shards.write(region, chunk, offset)
             offset += len(chunk)

@@ -19,8 +19,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     ``bytes`` counts tensors, scales included; ``bits_per_weight`` is over all weights.
     """
     infos = checkpoint.infos
-    total = sum(info.numel for info in infos.values())
-    size = sum(info.bytes for info in infos.values())
+    total = checkpoint.weights
+    size = checkpoint.bytes
     config = asdict(checkpoint.config)
     source = checkpoint.manifest.get("source")
     return {
@@ -52,7 +52,7 @@ def active_parameters(checkpoint: Checkpoint) -> int:
     """
     config = checkpoint.config
     expert = 3 * config.hidden * config.expert_width
-    total = sum(info.numel for info in checkpoint.infos.values())
+    total = checkpoint.weights
     idle = config.layers * (config.experts - 1) * expert
     if not config.tied:
         idle += (config.vocab_rows - 1) * config.hidden

@@ -69,7 +69,7 @@ class Plan:
     @property
     def weights(self) -> int:
         """Logical weights in the model."""
-        return sum(info.numel for info in self.source.infos.values())
+        return self.source.weights
 
     @property
     def bits_per_weight(self) -> float:

@@ -146,9 +146,9 @@ def validate(
         router_agreement_by_layer=agreement.tolist(),
         skip_rate=float((routes[1] == skip).double().mean()),
         skip_rate_reference=float((routes[0] == skip).double().mean()),
-        bits_per_weight=_bits_per_weight(candidate),
-        bytes=_bytes(candidate),
-        bytes_reference=_bytes(reference),
+        bits_per_weight=8 * candidate.bytes / candidate.weights,
+        bytes=candidate.bytes,
+        bytes_reference=reference.bytes,
         packing=candidate.format,
         reference_digest_matches=matches,
         tensors=tensors,
@@ -237,15 +237,6 @@ def _tensor_error(reference: Checkpoint, candidate: Checkpoint, key: TensorKey) 
     bits = spec.bits if spec else 8 * candidate.infos[key].bytes // max(a.numel(), 1)
     sqnr = sqnr_db_from_energy(signal, noise)
     return TensorError(key.module, key.layer, key.expert, bits, sqnr)
-
-
-def _bytes(checkpoint: Checkpoint) -> int:
-    return sum(info.bytes for info in checkpoint.infos.values())
-
-
-def _bits_per_weight(checkpoint: Checkpoint) -> float:
-    weights = sum(info.numel for info in checkpoint.infos.values())
-    return 8 * _bytes(checkpoint) / weights
 
 
 def _checks(report: Report, bounds: Bounds) -> list[Check]:

@@ -69,7 +69,7 @@ def carry_out(plan: Plan, output: Path, model: str | None, options: Writing, out
         return
     from zaya_convert.convert import execute
 
-    total = sum(info.bytes for info in plan.source.infos.values())
+    total = plan.source.bytes
     try:
         with bytes_bar(out, plan.packing, total) as advance:
             result = execute(

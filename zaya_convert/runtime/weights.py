@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from zaya_convert.checkpoint import Checkpoint, Piece
+from zaya_convert.checkpoint import Checkpoint, Piece, torch_dtype
 from zaya_convert.errors import InputError
 from zaya_convert.layout import TensorKey
 from zaya_kernels.reference import Expert, Weight
@@ -24,7 +24,6 @@ Parts = Mapping[str, Tensor]
 _ALWAYS_FP32 = ("mlp.gate.balancing_biases",)
 _EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 _HEAD_BLOCK_BYTES = 8 << 20  # small enough for the allocator to reuse: 5 times faster than 64 MiB
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Weights:
@@ -150,7 +149,7 @@ def _cut(matrix: QuantTensor, rows: slice) -> QuantTensor:
 
 def _read_rows(piece: Piece, starts: Iterable[int], count: int) -> Iterator[Tensor]:
     """Rows [start, start + count) of a float matrix on disk for each start, cut at its end."""
-    dtype, (total, width) = _DTYPES[piece.dtype], piece.shape
+    dtype, (total, width) = torch_dtype(piece.dtype), piece.shape
     stride = width * dtype.itemsize
     try:
         with piece.file.open("rb") as file:
