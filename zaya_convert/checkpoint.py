@@ -140,6 +140,13 @@ class Checkpoint:
         """The raw bytes of a float tensor in bounded pieces."""
         yield from _piece_chunks(self.infos[key].pieces[""], size)
 
+    def first_bytes(self, key: TensorKey, size: int) -> Iterator[memoryview]:
+        """The first ``size`` bytes of every array of a tensor."""
+        for piece in self.infos[key].pieces.values():
+            with _opened(piece) as file:
+                end = min(piece.begin + size, piece.end)
+                yield _pread(file.fileno(), piece, piece.begin, end)
+
     def forget(self, key: TensorKey) -> None:
         """Tell the system that the cached pages of a tensor will not be needed again."""
         for piece in self.infos[key].pieces.values():

@@ -9,29 +9,31 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib
 import os
+import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from zaya_convert import __version__, card, manifest
-from zaya_convert.checkpoint import SourceDigest, TensorInfo, torch_dtype
+from zaya_convert.checkpoint import SourceDigest
 from zaya_convert.errors import InputError, UsageError
-from zaya_convert.export import Packing, packing
+from zaya_convert.export import packing
 from zaya_convert.export.safetensors import ShardSet
 from zaya_convert.layout import TensorKey
 from zaya_convert.plan import Plan, Step
+from zaya_convert.prefix import Prefix, on_prefix
 from zaya_convert.publish import Journal, Workspace, io_errors, workspace
+from zaya_convert.runtime.walk import Walk
+from zaya_convert.work import Record, Worker
 from zaya_quant.methods import METHODS
-from zaya_quant.qtensor import QuantTensor
-from zaya_quant.spec import QuantSpec
 
 Progress = Callable[[int], None]
 
@@ -41,7 +43,7 @@ _KEPT_BYTES = 256 << 20
 # Steps submitted ahead: enough to keep the workers busy while the journal waits for the disk. Only
 # running steps hold memory.
 _IN_FLIGHT = 512
-_FP16_NORMAL = 2.0**-14
+_WALK, _STREAMS = "walk", "streams"  # folders of a run in progress
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,10 @@ def execute(
         OutputExistsError, OutputError, UsageError: see ``publish``.
     """
     _check_apart(plan, out)
+    if plan.needs_stats:
+        if plan.stats is None:
+            raise UsageError("this recipe needs calibration: calibrate first, or use method rtn")
+        plan.stats.check_fits(plan.source)
     threads = threads or os.cpu_count() or 1
     started = time.monotonic()
     stamp = plan.source.stamp()
@@ -122,59 +128,134 @@ def _check_apart(plan: Plan, out: Path) -> None:
         raise UsageError(f"{out} is part of the input; it is never written to")
 
 
-def _run_steps(
-    plan: Plan, place: Workspace, threads: int, progress: Progress
-) -> dict[str, dict[str, Any]]:
+def _run_steps(plan: Plan, place: Workspace, threads: int, progress: Progress) -> dict[str, Record]:
     """Run what the journal does not vouch for; returns the records of all steps by name."""
-    target = packing(plan.packing)
     shards = ShardSet(place.partial, plan.arrays, plan.shard_bytes)
-    journal = Journal(place, shards.descriptors)
-    records: dict[str, dict[str, Any]] = {}
-    todo: list[Step] = []
-    for step in plan.steps:
-        record = place.done.get(str(step.key))
-        if record and record["written"] == _digests(shards, step):
-            records[str(step.key)] = record
-            progress(plan.source.infos[step.key].bytes)
-        else:
-            todo.append(step)
-    problems: dict[TensorKey, list[str]] = {}
-
-    # Pages of a source that memory cannot hold would only push out those of the output, which is
-    # read once more at the end.
-    large = plan.source.bytes > _physical_memory() // 2
-
-    def work(step: Step) -> dict[str, Any]:
-        record = _run_step(plan, target, shards, step)
-        if large:
-            plan.source.forget(step.key)
-        return record
-
-    flushed = time.monotonic()
+    run = _Run(plan, place, Worker(plan, shards), Journal(place, shards.descriptors), progress)
     try:
         _keep_freed_memory()
-        with _single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
+        run.resume(shards)
+        with _single_threaded_torch():
+            run.alone(threads)
+        run.in_order(threads)
+    except InputError:
+        place.discard()
+        raise
+    finally:
+        run.journal.flush()
+        run.journal.close()
+        shards.close()
+    return {str(step.key): run.records[str(step.key)] for step in plan.steps}
+
+
+@dataclass
+class _Run:
+    """The steps of one conversion, being carried out."""
+
+    plan: Plan
+    place: Workspace
+    worker: Worker
+    journal: Journal
+    progress: Progress
+    records: dict[str, Record] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    _counted: set[str] = field(default_factory=set)
+
+    def resume(self, shards: ShardSet) -> None:
+        """Take over what an interrupted run finished, if it still stands on disk."""
+        for step in self.plan.steps:
+            record = self.place.done.get(str(step.key))
+            if record and record["written"] == _digests(shards, step):
+                self.records[str(step.key)] = record
+
+    def alone(self, threads: int) -> None:
+        """Every step that needs nothing but its tensor; the others are read and checked.
+
+        Raises:
+            InputError: all tensors with faults, in order.
+        """
+        source = self.plan.source
+        # Pages of a source that memory cannot hold would only push out those of the output, which
+        # is read once more at the end.
+        large = source.bytes > _physical_memory() // 2
+
+        def work(step: Step) -> Record | str:
+            result = self.worker.check(step) if on_prefix(step) else self.worker.run(step)
+            if large:
+                source.forget(step.key)
+            return result
+
+        todo = []
+        for step in self.plan.steps:
+            if str(step.key) in self.records:
+                self.digests[str(step.key)] = self.records[str(step.key)]["source"]
+                self._count(step)
+            else:
+                todo.append(step)
+        problems: dict[TensorKey, list[str]] = {}
+        flushed = time.monotonic()
+        with ThreadPoolExecutor(threads) as pool:
             for step, future in _bounded(pool, work, todo, _IN_FLIGHT):
                 try:
-                    record = future.result()
+                    result = future.result()
                 except InputError as error:
                     problems[step.key] = error.problems
                     continue
-                records[record["step"]] = record
-                journal.add(record)
-                progress(plan.source.infos[step.key].bytes)
+                if isinstance(result, str):
+                    self.digests[str(step.key)] = result
+                    continue
+                self._finished(result)
+                self._count(step)
                 if time.monotonic() - flushed > _JOURNAL_SECONDS:
-                    journal.flush()
+                    self.journal.flush()
                     flushed = time.monotonic()
-    finally:
-        journal.flush()
-        journal.close()
-        shards.close()
-    if problems:
-        place.discard()
-        lines = [line for key in plan.source.infos for line in problems.get(key, ())]
-        raise InputError(lines, plan.source.path.name)
-    return {str(step.key): records[str(step.key)] for step in plan.steps}
+        if problems:
+            lines = [line for key in source.infos for line in problems.get(key, ())]
+            raise InputError(lines, source.path.name)
+
+    def in_order(self, threads: int) -> None:
+        """Steps that are quantized on the quantized prefix, layer by layer."""
+        steps = [step for step in self.plan.steps if on_prefix(step)]
+        if all(str(step.key) in self.records for step in steps):
+            return
+        stats = self.plan.stats
+        assert stats is not None
+        drift = any(METHODS[step.method].needs == "drift" for step in steps)
+        state = self.place.partial / _WALK
+        by_name = {str(step.key): step for step in steps}
+        lock = threading.Lock()
+
+        def finish(record: Record) -> None:
+            with lock:
+                self._finished(record)
+                self._count(by_name[record["step"]])
+
+        prefix = Prefix(self.plan, self.worker, finish, self.digests)
+
+        def new_walk() -> Walk:
+            return Walk(self.plan.source, stats.sequences, reference=drift, threads=threads,
+                        folder=self.place.partial / _STREAMS, max_memory=self.plan.max_memory)  # fmt: skip
+
+        walk = new_walk()
+        if walk.restore(state) and not all(
+            str(step.key) in self.records for step in steps if step.key.layer < walk.layer
+        ):
+            walk = new_walk()  # the journal lost what the state builds on: start over
+        while walk.layer < self.plan.source.config.layers:
+            walk.step(prefix)
+            self.journal.flush()
+            walk.save(state)
+        for folder in (state, self.place.partial / _STREAMS):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _finished(self, record: Record) -> None:
+        self.records[record["step"]] = record
+        self.journal.add(record)
+
+    def _count(self, step: Step) -> None:
+        if str(step.key) not in self._counted:
+            self._counted.add(str(step.key))
+            self.progress(self.plan.source.infos[step.key].bytes)
 
 
 def _bounded(
@@ -222,80 +303,6 @@ def _physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _run_step(plan: Plan, target: Packing, shards: ShardSet, step: Step) -> dict[str, Any]:
-    info = plan.source.infos[step.key]
-    record: dict[str, Any] = {"step": str(step.key), "widened": False, "source": ""}
-    if step.copy:
-        (region,) = step.regions.values()
-        digest, offset = hashlib.sha256(), 0
-        for chunk in plan.source.chunks(step.key):
-            _check_finite(torch.frombuffer(chunk, dtype=torch_dtype(info.dtype)), info, offset)
-            digest.update(chunk)
-            shards.write(region, chunk, offset)
-            offset += len(chunk)
-        return record | {"source": digest.hexdigest(), "written": [digest.hexdigest()]}
-    value = plan.source.read(step.key)
-    if isinstance(value, torch.Tensor):
-        record["source"] = hashlib.sha256(_view(value)).hexdigest()
-        if step.spec is None:
-            _check_finite(value.flatten(), info, 0)
-        else:
-            value = _quantize(value, step.spec, step.method, info)
-            record["widened"] = value.spec != step.spec
-            if record["widened"] and (found := target.problems(info, value.spec)):
-                raise InputError([f"{_where(info)} needs wider scales: {p}" for p in found])
-    else:
-        _check_finite(value.scales.flatten(), info, 0)
-    components = {name: _view(tensor) for name, tensor in target.encode(value).items()}
-    for name, data in components.items():
-        shards.write(step.regions[name], data)
-    return record | {"written": [hashlib.sha256(components[n]).hexdigest() for n in step.regions]}
-
-
-def _quantize(weight: torch.Tensor, spec: QuantSpec, method: str, info: TensorInfo) -> QuantTensor:
-    """Quantize one matrix, with bf16 scales where fp16 would overflow or lose them."""
-    run = importlib.import_module(METHODS[method]).quantize
-    try:
-        result = run(weight, spec, None)
-    except ValueError:
-        _check_finite(weight.flatten(), info, 0)
-        result = None
-    if spec.scale_dtype == "float16" and (result is None or _too_small(result)):
-        spec, result = replace(spec, scale_dtype="bfloat16"), None
-    try:
-        return result or run(weight, spec, None)
-    except ValueError as error:
-        raise InputError(f"{_where(info)}: {error}") from None
-
-
-def _too_small(value: QuantTensor) -> bool:
-    """Whether some row has only scales below fp16's normal range, and so few bits in them.
-
-    A subnormal scale beside normal ones of its row does no harm: its absolute error is far below
-    the rounding error of those.
-    """
-    largest = value.scales.abs().amax(dim=1)
-    return bool(((largest > 0) & (largest < _FP16_NORMAL)).any())
-
-
-def _check_finite(values: torch.Tensor, info: TensorInfo, offset: int) -> None:
-    finite = torch.isfinite(values)
-    if bool(finite.all()):
-        return
-    first = int((~finite).nonzero()[0, 0])
-    flat = offset // values.element_size() + first
-    raise InputError(f"{_where(info)}: value {flat} is {values[first].item()}, not a finite number")
-
-
-def _where(info: TensorInfo) -> str:
-    piece = next(iter(info.pieces.values()))
-    return f"{piece.file.name}: {str(info.key)!r}"
-
-
-def _view(tensor: torch.Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
 def _digests(shards: ShardSet, step: Step) -> list[str]:
     """sha256 of each region of a step, as it stands on disk."""
     found = []
@@ -307,7 +314,7 @@ def _digests(shards: ShardSet, step: Step) -> list[str]:
     return found
 
 
-def _source_digest(plan: Plan, records: dict[str, dict[str, Any]]) -> str:
+def _source_digest(plan: Plan, records: dict[str, Record]) -> str:
     """Of the float model; an artifact passes on the digest of what it was made from."""
     inherited = plan.source.manifest.get("source", {}).get("digest")
     if inherited or any(info.spec for info in plan.source.infos.values()):
@@ -318,10 +325,26 @@ def _source_digest(plan: Plan, records: dict[str, dict[str, Any]]) -> str:
     return digest.hexdigest(plan.source.infos)
 
 
+def _calibration(plan: Plan, records: dict[str, Record]) -> dict[str, Any] | None:
+    """What the manifest says of the calibration, or hands on from the artifact it came from."""
+    stats = plan.stats
+    if stats is None or not plan.needs_stats:
+        return plan.source.manifest.get("calibration")
+    return {
+        "digest": stats.digest,
+        "data": stats.facts["description"],
+        "tokens": stats.tokens,
+        "tokens_digest": stats.facts["tokens_digest"],
+        "min_tokens": stats.min_tokens,
+        "below_minimum": [list(entry) for entry in stats.below()],
+        "fallback": {name: r["fallback"] for name, r in records.items() if r.get("fallback")},
+    }
+
+
 def _finish(
     plan: Plan,
     place: Workspace,
-    records: dict[str, dict[str, Any]],
+    records: dict[str, Record],
     digest: str,
     widened: tuple[str, ...],
     threads: int,
@@ -341,7 +364,7 @@ def _finish(
         "tool": {"name": "zaya-convert", "version": __version__},
         "packing": plan.packing,
         "recipe": plan.recipe.to_dict() if plan.recipe else plan.source.manifest.get("recipe"),
-        "calibration": None,
+        "calibration": _calibration(plan, records),
         "source": {"digest": digest, "model": plan.origin},
         "skip_mode": "zero",
         "weights": plan.weights,

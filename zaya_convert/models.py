@@ -9,10 +9,9 @@ from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.errors import InputError
 from zaya_convert.export import PACKINGS, packing
 from zaya_convert.files import read_json
+from zaya_convert.hub import MODEL_ID, fetch_model
 
 BUNDLED = Path(__file__).parent / "bundled" / "zaya1-tiny"
-_HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-_WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "LICENSE*", "NOTICE", "README.md")
 
 
 def open_model(name: str | None) -> Checkpoint:
@@ -40,7 +39,7 @@ def resolve(name: str | None) -> Path:
     if name is None:
         return BUNDLED
     if name.startswith("hf://"):
-        return _fetch(name)
+        return fetch_model(name)
     path = Path(name)
     if path.is_file() and path.suffix in (".safetensors", ".json"):
         path = path.parent
@@ -56,28 +55,5 @@ def origin(name: str | None) -> str:
     """The public name of a model, for provenance: its Hub id, or "" for a local folder."""
     if name is None:
         return BUNDLED.name
-    match = _HUB.fullmatch(name)
+    match = MODEL_ID.fullmatch(name)
     return match["repo"] if match else ""
-
-
-def _fetch(name: str) -> Path:
-    match = _HUB.fullmatch(name)
-    if not match:
-        raise InputError("is not of the form hf://org/name[@revision]", name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-
-    try:
-        return Path(
-            snapshot_download(
-                match["repo"], revision=match["revision"], allow_patterns=list(_WANTED)
-            )
-        )
-    except LocalEntryNotFoundError:
-        raise InputError("is not in the local cache, and the Hub cannot be reached", name) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InputError(f"cannot be fetched: {str(error).splitlines()[0]}", name) from None

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zaya_convert import __version__
 from zaya_convert.checkpoint import Checkpoint, TensorInfo
@@ -23,6 +23,9 @@ from zaya_convert.layout import TensorKey
 from zaya_convert.recipe import Recipe, unmatched
 from zaya_quant.methods import METHODS
 from zaya_quant.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from zaya_convert.stats import Stats
 
 DEFAULT_SHARD_BYTES = 2_000_000_000
 
@@ -51,6 +54,7 @@ class Plan:
     """A conversion, ready to be carried out by ``convert.execute``.
 
     ``origin`` is the public name of the source model (a Hub id), for provenance; never a path.
+    ``stats`` are there once the model is calibrated; methods that need them wait for that.
     """
 
     source: Checkpoint
@@ -60,6 +64,13 @@ class Plan:
     arrays: tuple[Array, ...]
     shard_bytes: int = DEFAULT_SHARD_BYTES
     origin: str = ""
+    stats: Stats | None = None
+    max_memory: int | None = None  # bytes that activations may take; never changes the output
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether some method wants calibration."""
+        return any(step.method and METHODS[step.method].needs for step in self.steps)
 
     @property
     def bytes(self) -> int:
@@ -86,6 +97,7 @@ class Plan:
             "arrays": [[a.name, a.dtype, a.shape] for a in self.arrays],
             "shard_bytes": self.shard_bytes,
             "origin": self.origin,
+            "stats": self.stats.digest if self.stats else None,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

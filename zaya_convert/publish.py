@@ -114,7 +114,7 @@ def workspace(
     with io_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial"
-    with _locked(partial, out):
+    with locked(partial, out):
         try:
             if _old(out).exists() and not out.exists():
                 _old(out).rename(out)  # an overwriting run was killed between its two renames
@@ -150,7 +150,7 @@ def _check_free(out: Path, marker: str, overwrite: bool) -> None:
 
 
 @contextmanager
-def _locked(partial: Path, out: Path) -> Iterator[None]:
+def locked(partial: Path, out: Path) -> Iterator[None]:
     """Hold the partial folder itself as the lock: it leaves no extra file, and dies with us."""
     with io_errors(out):
         partial.mkdir(exist_ok=True)

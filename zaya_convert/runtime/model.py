@@ -233,7 +233,7 @@ class Model:
                 observer(index, "qkv_proj", seen.flatten(0, 1)[valid], -1)
                 observer(index, "o_proj", mixed.flatten(0, 1)[valid], -1)
             blocks.append(project(mixed, parts, "self_attn.o_proj", self._linear).flatten(0, 1))
-        return _residual(x, torch.cat(blocks), parts, "post_attention_residual_scale")
+        return residual(x, torch.cat(blocks), parts, "post_attention_residual_scale")
 
     def _experts(
         self,
@@ -265,10 +265,10 @@ class Model:
 
             see(index, "router", h if real is None else h[real], -1)
             out = self._observed_moe(h, ids, routing.weight, fetch, observe)
-        return _residual(x, out, parts, "post_mlp_residual_scale"), routing
+        return residual(x, out, parts, "post_mlp_residual_scale"), routing
 
 
-def _residual(x: Tensor, update: Tensor, parts: Parts, name: str) -> Tensor:
+def residual(x: Tensor, update: Tensor, parts: Parts, name: str) -> Tensor:
     """``(x + b_r)·s_r + (update + b_h)·s_h``: each branch is shifted, then scaled."""
     update = (update + parts[f"{name}.hidden_states_bias"]) * parts[f"{name}.hidden_states_scale"]
     return update + (x + parts[f"{name}.residual_bias"]) * parts[f"{name}.residual_scale"]

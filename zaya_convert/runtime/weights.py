@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zaya_convert.checkpoint import Checkpoint, Piece, torch_dtype
 from zaya_convert.errors import InputError
-from zaya_convert.layout import TensorKey
+from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_kernels.reference import Expert, Weight
 from zaya_quant.qtensor import QuantTensor
 
@@ -73,6 +73,11 @@ class Weights:
         if self.resident:
             self._layers[index] = parts
         return parts
+
+    def small_parts(self, index: int) -> Parts:
+        """A layer's tensors without what recipes may quantize: attention matrices and experts."""
+        keys = (key for key in self._keys[index] if PART_BY_NAME[key.part].role == "float")
+        return {key.part: self._read(key) for key in keys}
 
     def expert(self, layer: int, index: int) -> Expert:
         """The matrices of one expert, dequantized."""

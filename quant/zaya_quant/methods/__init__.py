@@ -1,7 +1,44 @@
-"""The quantization methods: name → module with ``quantize(weight, spec, stats) -> QuantTensor``.
+"""The quantization methods. A new one is one file and one line here.
 
-``stats`` is None or any object with ``second_moment``, a float tensor ``[in]``: the mean square
-of every input channel over the calibration tokens.  A new method is one file and one line here.
+A method's module has ``quantize(weight, spec, stats) -> QuantTensor``; ``stats`` is a
+``zaya_quant.stats.InputStats`` or None. ``needs`` says what it must hold: "" (stats are not looked
+at), "second_moment", "hessian", or "drift" (a Hessian, and the drift if there is any).
 """
 
-METHODS = {"rtn": "zaya_quant.methods.rtn"}
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from zaya_quant.qtensor import QuantTensor
+    from zaya_quant.spec import QuantSpec
+    from zaya_quant.stats import InputStats
+
+    Quantize = Callable[[Tensor, QuantSpec, InputStats | None], QuantTensor]
+
+
+class Method(NamedTuple):
+    """One row of the table: the module, and what its ``stats`` must hold."""
+
+    module: str
+    needs: str = ""
+
+    @property
+    def on_prefix(self) -> bool:
+        """Whether it wants inputs as the layers quantized before make them."""
+        return self.needs in ("hessian", "drift")
+
+
+METHODS = {
+    "rtn": Method("zaya_quant.methods.rtn"),
+    "imatrix": Method("zaya_quant.methods.imatrix", "second_moment"),
+    "gptq": Method("zaya_quant.methods.gptq", "hessian"),
+    "gptaq": Method("zaya_quant.methods.gptaq", "drift"),
+}
+
+
+def method(name: str) -> "Quantize":
+    """The function behind a name; imports torch."""
+    return cast("Quantize", importlib.import_module(METHODS[name].module).quantize)

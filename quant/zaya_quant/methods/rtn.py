@@ -1,16 +1,12 @@
-"""Round to nearest on the best scale of a search: no data needed, better when it has some.
+"""Round to nearest on the best scale of a search: looks at weights only, needs no data.
 
-The search is that of ``zaya_quant.affine``.  With ``stats`` the squared error of input channel c
-is weighted by its second moment E[x_c^2], which is the output error of the layer when channels
-are uncorrelated; without, every channel weighs the same.
+The search is that of ``zaya_quant.affine``; every input channel weighs the same.
 
 Symmetric specs run in the native library when it loads; its results are bit-identical to the
 reference, so which one ran never shows in a file.
 """
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,27 +15,17 @@ from zaya_quant import affine, native
 from zaya_quant.affine import RowErrors
 from zaya_quant.qtensor import QuantTensor
 from zaya_quant.spec import QuantSpec
-
-
-class InputStats(Protocol):
-    """What a method needs to know about the inputs of a layer."""
-
-    @property
-    def second_moment(self) -> Tensor:
-        """Mean square of every input channel, ``[in]``."""
-        ...
+from zaya_quant.stats import InputStats
 
 
 def quantize(weight: Tensor, spec: QuantSpec, stats: InputStats | None = None) -> QuantTensor:
-    """``weight [out, in]`` rounded to nearest on searched scales."""
-    return quantize_with_errors(weight, spec, stats)[0]
+    """``weight [out, in]`` rounded to nearest on searched scales; ``stats`` are not looked at."""
+    return quantize_with_errors(weight, spec)[0]
 
 
-def quantize_with_errors(
-    weight: Tensor, spec: QuantSpec, stats: InputStats | None = None
-) -> tuple[QuantTensor, RowErrors]:
+def quantize_with_errors(weight: Tensor, spec: QuantSpec) -> tuple[QuantTensor, RowErrors]:
     """Also the signal and noise energy of every row, a by-product of the search."""
-    return _quantize(weight, spec, None if stats is None else stats.second_moment)
+    return _quantize(weight, spec, None)
 
 
 def quantize_affine(

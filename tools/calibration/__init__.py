@@ -1,0 +1,1 @@
+"""Builds the text that quantization is calibrated on when a person gives none."""

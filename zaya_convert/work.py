@@ -1,0 +1,191 @@
+"""The work on one step of a plan: read, check, quantize, encode, write, record.
+
+A record is what the journal keeps of a finished step, and what the manifest is made of:
+``source`` (sha256 of the tensor as it was read), ``written`` (sha256 of each region), ``widened``
+(its scales had to be bf16) and ``fallback`` (why it was rounded without calibration, or "").
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from zaya_convert.checkpoint import TensorInfo, torch_dtype
+from zaya_convert.errors import InputError
+from zaya_convert.export import packing
+from zaya_convert.export.safetensors import ShardSet
+from zaya_convert.plan import Plan, Step
+from zaya_quant.methods import METHODS, method
+from zaya_quant.qtensor import QuantTensor
+from zaya_quant.spec import QuantSpec
+from zaya_quant.stats import InputStats
+
+_FP16_NORMAL = 2.0**-14
+NO_TOKENS = "no calibration tokens"
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Carries out steps; safe from any thread."""
+
+    plan: Plan
+    shards: ShardSet
+
+    def run(self, step: Step) -> Record:
+        """A step that needs nothing but its own tensor (and second moments, if its method does).
+
+        Raises:
+            InputError: values that are not finite or cannot be represented.
+        """
+        if step.copy:
+            return self._copy(step)
+        value = self.plan.source.read(step.key)
+        digest = sha256(value) if isinstance(value, torch.Tensor) else ""
+        info = self.plan.source.infos[step.key]
+        if step.spec is None:
+            assert isinstance(value, torch.Tensor)
+            check_finite(value.flatten(), info)
+        elif isinstance(value, torch.Tensor):
+            return self.finish(step, self.quantize(step, value, self._known(step)), digest)
+        else:
+            check_finite(value.scales.flatten(), info)
+        return self._write(step, value, digest, widened=False)
+
+    def check(self, step: Step) -> str:
+        """Only read a step's tensor: its sha256.
+
+        Raises:
+            InputError: values that are not finite.
+        """
+        value = self.plan.source.read(step.key)
+        assert isinstance(value, torch.Tensor)
+        check_finite(value.flatten(), self.plan.source.infos[step.key])
+        return sha256(value)
+
+    def quantize(self, step: Step, weight: torch.Tensor, stats: InputStats | None) -> QuantTensor:
+        """Quantize one matrix, with bf16 scales where fp16 would overflow or lose them.
+
+        A method whose statistics are missing gives way to ``rtn``.
+        """
+        assert step.spec is not None
+        info = self.plan.source.infos[step.key]
+        needs = METHODS[step.method].needs
+        run = method(step.method if stats is not None or not needs else "rtn")
+        spec: QuantSpec = step.spec
+        try:
+            result = run(weight, spec, stats)
+        except ValueError:
+            check_finite(weight.flatten(), info)
+            result = None
+        if spec.scale_dtype == "float16" and (result is None or _too_small(result)):
+            spec, result = replace(spec, scale_dtype="bfloat16"), None
+        try:
+            return result or run(weight, spec, stats)
+        except ValueError as error:
+            raise InputError(f"{where(info)}: {error}") from None
+
+    def again(self, step: Step, weight: torch.Tensor) -> QuantTensor:
+        """What ``run`` made, or will make, of a step's matrix."""
+        return self.quantize(step, weight, self._known(step))
+
+    def finish(self, step: Step, value: QuantTensor, digest: str, fallback: str = "") -> Record:
+        """Write what ``quantize`` made.
+
+        Raises:
+            InputError: the packing cannot hold the scales that the matrix needs.
+        """
+        info = self.plan.source.infos[step.key]
+        widened = value.spec != step.spec
+        if widened and (found := packing(self.plan.packing).problems(info, value.spec)):
+            raise InputError([f"{where(info)} needs wider scales: {p}" for p in found])
+        needs = METHODS[step.method].needs if step.method else ""
+        if needs and not fallback and self._uncovered(step):
+            fallback = NO_TOKENS
+        return self._write(step, value, digest, widened) | {"fallback": fallback}
+
+    def _known(self, step: Step) -> InputStats | None:
+        stats = self.plan.stats
+        if stats is None or not METHODS[step.method].needs:
+            return None
+        return stats.of(step.key.layer, step.key.part, step.key.expert)
+
+    def _uncovered(self, step: Step) -> bool:
+        method_row = METHODS[step.method]
+        return not method_row.on_prefix and self._known(step) is None
+
+    def _copy(self, step: Step) -> Record:
+        (region,) = step.regions.values()
+        info = self.plan.source.infos[step.key]
+        digest, offset = hashlib.sha256(), 0
+        for chunk in self.plan.source.chunks(step.key):
+            check_finite(torch.frombuffer(chunk, dtype=torch_dtype(info.dtype)), info, offset)
+            digest.update(chunk)
+            self.shards.write(region, chunk, offset)
+            offset += len(chunk)
+        found = digest.hexdigest()
+        return _record(step, found, [found])
+
+    def _write(
+        self, step: Step, value: torch.Tensor | QuantTensor, digest: str, widened: bool
+    ) -> Record:
+        encoded = packing(self.plan.packing).encode(value)
+        components = {name: view(tensor) for name, tensor in encoded.items()}
+        for name, data in components.items():
+            self.shards.write(step.regions[name], data)
+        written = [hashlib.sha256(components[name]).hexdigest() for name in step.regions]
+        return _record(step, digest, written) | {"widened": widened}
+
+
+def _record(step: Step, source: str, written: list[str]) -> Record:
+    return {
+        "step": str(step.key), "source": source, "written": written, "widened": False,
+        "fallback": "",
+    }  # fmt: skip
+
+
+def _too_small(value: QuantTensor) -> bool:
+    """Whether some row has only scales below fp16's normal range, and so few bits in them.
+
+    A subnormal scale beside normal ones of its row does no harm: its absolute error is far below
+    the rounding error of those.
+    """
+    largest = value.scales.abs().amax(dim=1)
+    return bool(((largest > 0) & (largest < _FP16_NORMAL)).any())
+
+
+def check_finite(values: torch.Tensor, info: TensorInfo, offset: int = 0) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        offset: bytes of the tensor before ``values``.
+
+    Raises:
+        InputError: naming the first one.
+    """
+    finite = torch.isfinite(values)
+    if bool(finite.all()):
+        return
+    first = int((~finite).nonzero()[0, 0])
+    flat = offset // values.element_size() + first
+    raise InputError(f"{where(info)}: value {flat} is {values[first].item()}, not a finite number")
+
+
+def where(info: TensorInfo) -> str:
+    """File and tensor, for messages."""
+    piece = next(iter(info.pieces.values()))
+    return f"{piece.file.name}: {str(info.key)!r}"
+
+
+def view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def sha256(tensor: torch.Tensor) -> str:
+    """sha256 of a tensor's bytes."""
+    return hashlib.sha256(view(tensor)).hexdigest()
