@@ -39,6 +39,7 @@ from zaya_convert.runtime.walk import (
     check_finite_share,
     finite_rows,
 )
+from zaya_convert.sensitivity import measure
 from zaya_convert.stats import Stats, identity
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
@@ -54,11 +55,13 @@ class Settings:
         tokens: of the first round.
         max_tokens: in all rounds.
         min_tokens: what every expert should get.
+        sensitivity: also measure how much errors of each matrix matter (``sensitivity.measure``).
     """
 
-    tokens: int = 32768
+    tokens: int = 65536
     max_tokens: int = 131072
     min_tokens: int = 256
+    sensitivity: bool = False
 
 
 def calibrate(
@@ -157,6 +160,8 @@ class _Run:
             chosen, rest = _take([left[i] for i in order], size)
             left = rest
         arrays = total.arrays()
+        if self.settings.sensitivity:
+            arrays |= measure(self.checkpoint, used, threads=self.threads, progress=progress)
         arrays["tokens.ids"] = torch.cat(used).int()
         arrays["tokens.lengths"] = torch.tensor([len(ids) for ids in used], dtype=torch.int32)
         facts = {

@@ -233,8 +233,10 @@ class _Run:
         prefix = Prefix(self.plan, self.worker, finish, self.digests)
 
         def new_walk() -> Walk:
-            return Walk(self.plan.source, stats.sequences, reference=drift, threads=threads,
-                        folder=self.place.partial / _STREAMS, max_memory=self.plan.max_memory)  # fmt: skip
+            return Walk(
+                self.plan.source, stats.sequences, reference=drift, threads=threads,
+                folder=self.place.partial / _STREAMS, max_memory=self.plan.max_memory,
+            )  # fmt: skip
 
         walk = new_walk()
         if walk.restore(state) and not all(
@@ -336,6 +338,8 @@ def _calibration(plan: Plan, records: dict[str, Record]) -> dict[str, Any] | Non
         "tokens": stats.tokens,
         "tokens_digest": stats.facts["tokens_digest"],
         "min_tokens": stats.min_tokens,
+        "skip_rate": round(float(stats.counts[:, -1].sum() / stats.counts.sum()), 6),
+        "counts": stats.counts.tolist(),
         "below_minimum": [list(entry) for entry in stats.below()],
         "fallback": {name: r["fallback"] for name, r in records.items() if r.get("fallback")},
     }
@@ -365,6 +369,7 @@ def _finish(
         "packing": plan.packing,
         "recipe": plan.recipe.to_dict() if plan.recipe else plan.source.manifest.get("recipe"),
         "calibration": _calibration(plan, records),
+        "allocation": plan.allocation or plan.source.manifest.get("allocation"),
         "source": {"digest": digest, "model": plan.origin},
         "skip_mode": "zero",
         "weights": plan.weights,

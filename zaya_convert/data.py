@@ -1,11 +1,11 @@
 """Token sequences to run models on: from text, JSONL or ids, cut to length, with a digest.
 
-Accepted are ``.txt`` files (one document), ``.jsonl`` files with one of ``text``, ``messages`` (the
-chat template is applied) or ``ids`` per line, and ``hf://datasets/org/name[@revision][/file]``.
-Without data, validation runs on the text bundled with ``zaya1-tiny``, and calibration on the bundled
-calibration set (on its own texts for ``zaya1-tiny``). A checkpoint without a tokenizer, or with one
-that has more tokens than the model has embedding rows, gets random token ids then: enough to compare
-two forms of one model, and said so in the report.
+Accepted are ``.txt`` files (one document), ``.jsonl`` files with one of ``text``, ``messages``
+(the chat template is applied) or ``ids`` per line, and ``hf://datasets/org/name[@revision][/file]``.
+Without data, validation runs on the text bundled with ``zaya1-tiny``, and calibration on the
+bundled calibration set (on its own texts for ``zaya1-tiny``). A checkpoint without a tokenizer, or
+with one that has more tokens than the model has embedding rows, gets random token ids then: enough
+to compare two forms of one model, and said so in the report.
 """
 
 from __future__ import annotations
@@ -122,6 +122,12 @@ def load_documents(
         raise InputError("holds no text to run", path.name)
     shown = f"bundled calibration set {name}" if name in CALIBRATION else path.name
     return Sequences(ids, shown + (", packed" if pack else ""), digest_of(ids))
+
+
+def joined(first: Sequences, second: Sequences) -> Sequences:
+    """One set after another."""
+    ids = [*first.ids, *second.ids]
+    return Sequences(ids, f"{first.description} + {second.description}", digest_of(ids))
 
 
 def find(name: str) -> Path:

@@ -65,6 +65,7 @@ class Plan:
     shard_bytes: int = DEFAULT_SHARD_BYTES
     origin: str = ""
     stats: Stats | None = None
+    allocation: Mapping[str, Any] | None = None  # how bits were chosen, for the manifest
     max_memory: int | None = None  # bytes that activations may take; never changes the output
 
     @property

@@ -30,6 +30,7 @@ from zaya_convert.runtime.walk import (
 )
 from zaya_convert.work import NO_TOKENS, Record, Worker
 from zaya_quant.methods import METHODS
+from zaya_quant.products import times_transposed
 from zaya_quant.stats import InputStats
 
 _PARTIAL_SUMS = 8  # fixed, so that the order of additions does not depend on the machine
@@ -148,10 +149,10 @@ class _Sums:
                 shift = torch.zeros(width, width) if drift else None
                 total = cls(0, 0, 0.0, torch.zeros(width, width), shift)
             weights = torch.ones(len(x)) if rows.weights is None else rows.weights
-            weighted = x * weights[:, None]
-            total.hessian.addmm_(weighted.t(), x)
+            weighted = (x * weights[:, None]).t().contiguous()
+            total.hessian += times_transposed(weighted, x.t())
             if total.drift is not None and rows.reference is not None:
-                total.drift.addmm_((rows.reference - x).t(), weighted)
+                total.drift += times_transposed((rows.reference - x).t(), weighted)
             total.rows += len(x)
             total.dropped += dropped
             total.weight += float(weights.double().sum())

@@ -13,23 +13,40 @@
     match = "attention"
     keep = true            # leave as floats
 
+    [budget]               # optional: choose bits per matrix so that everything fits a device
+    memory = "6GB"         # weights, keys and values, states and the runtime together
+    context = 8192         # tokens
+    runtime = "400MB"      # code, buffers, logits
+
 Tensors that no rule matches stay floats. The router path, convolutions, norms, scales and
 temperatures can never be matched: quantizing them costs far more than it saves.
 """
 
+from __future__ import annotations
+
 import difflib
+import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_quant.spec import QuantSpec
 
+if TYPE_CHECKING:
+    from zaya_convert.config import ModelConfig
+
 ROLES = {"experts": "expert", "attention": "attention", "embedding": "embedding"}
+
+_UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+}  # fmt: skip
 
 # Names that a glob on experts is tried on, when no model is at hand: more than ZAYA1-8B has.
 _EXPERT_PARTS = tuple(part.name for part in PART_BY_NAME.values() if part.role == "expert")
@@ -62,12 +79,55 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
+class Budget:
+    """What a device has, in bytes, and the context that must fit."""
+
+    memory: int
+    context: int
+    runtime: int
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return (
+            f"{self.memory:,} bytes of memory at a context of {self.context:,} tokens, "
+            f"{self.runtime:,} of them for the runtime"
+        )
+
+    def states(self, config: ModelConfig) -> int:
+        """Bytes of one sequence's states at full context, in 16 bits.
+
+        Keys and values (a sliding layer keeps its window), convolution columns and the delayed
+        value row of each layer.
+        """
+        dims = config.dims
+        columns = sum(min(self.context, window or self.context) for window in config.windows)
+        own = dims["c"] * (dims["t0"] + dims["t1"] - 2) + dims["v"]
+        return 2 * (columns * 2 * dims["k"] + config.layers * own)
+
+    def weights(self, config: ModelConfig) -> int:
+        """Bytes left for weights.
+
+        Raises:
+            UsageError: nothing is left.
+        """
+        left = self.memory - self.runtime - self.states(config)
+        if left <= 0:
+            raise UsageError(
+                f"a context of {self.context:,} tokens takes {self.states(config):,} bytes, which "
+                f"leaves nothing of {self.memory:,} for weights; lower `context`"
+            )
+        return left
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """An ordered list of rules."""
 
     name: str
     description: str
     rules: tuple[Rule, ...]
+    budget: Budget | None = None
 
     def rule_for(self, key: TensorKey) -> Rule | None:
         """The first rule that matches, or None when the tensor stays a float."""
@@ -114,7 +174,7 @@ def load(name: str) -> Recipe:
 
 def parse(raw: Mapping[str, Any], name: str, where: str) -> Recipe:
     """Check a recipe's fields; every mistake is reported, unknown keys with the nearest known."""
-    problems = _unknown(raw, ("description", "rules"), "")
+    problems = _unknown(raw, ("description", "rules", "budget"), "")
     entries = raw.get("rules", [])
     if not isinstance(entries, list) or not entries:
         problems.append("needs at least one [[rules]] table")
@@ -125,9 +185,23 @@ def parse(raw: Mapping[str, Any], name: str, where: str) -> Recipe:
         problems += found
         if not found:
             rules.append(Rule(**entry))
+    budget, found = _budget(raw["budget"]) if "budget" in raw else (None, [])
+    problems += found
     if problems:
         raise InputError(problems, where)
-    return Recipe(name, str(raw.get("description", "")), tuple(rules))
+    return Recipe(name, str(raw.get("description", "")), tuple(rules), budget)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """A recipe as a file that ``load`` reads; chosen bits replace a budget."""
+    lines = [f"description = {json.dumps(recipe.description)}"]
+    defaults = Rule("")
+    for rule in recipe.rules:
+        lines.append("\n[[rules]]")
+        for name, value in asdict(rule).items():
+            if name in ("match", "bits") or value != getattr(defaults, name):
+                lines.append(f"{name} = {json.dumps(value)}")
+    return "\n".join(lines) + "\n"
 
 
 def adjusted(
@@ -201,6 +275,41 @@ def _rule_problems(entry: object, where: str) -> list[str]:
     except ValueError as error:
         problems.append(f"{where}{error}")
     return problems
+
+
+def _budget(entry: object) -> tuple[Budget | None, list[str]]:
+    """The budget of a recipe, or what is wrong with it."""
+    fields = tuple(Budget.__dataclass_fields__)
+    if not isinstance(entry, dict):
+        return None, ["budget must be a table"]
+    problems = _unknown(entry, fields, "budget: ")
+    problems += [f"budget: {name} is missing" for name in fields if name not in entry]
+    values: dict[str, int] = {}
+    for name in fields:
+        value = entry.get(name)
+        try:
+            known: Any = parse_size(value) if isinstance(value, str) else value
+        except ValueError as error:
+            problems.append(f"budget: {name}: {error}")
+            continue
+        if type(known) is int and known >= 0:
+            values[name] = known
+        elif name in entry:
+            problems.append(f'budget: {name} = {value!r} must be a size like "6GB" or a number')
+    return (None if problems else Budget(**values)), problems
+
+
+def parse_size(text: str) -> int:
+    """``"2GB"`` or ``"4.6GiB"`` → bytes.
+
+    Raises:
+        ValueError: not a size, or less than a byte.
+    """
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise ValueError(f"{text!r} is not a size like 500MB, 2GB or 4.6GiB")
+    return int(float(match[1]) * unit)
 
 
 def _unknown(raw: Mapping[str, Any], known: tuple[str, ...], where: str) -> list[str]:

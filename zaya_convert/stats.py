@@ -8,7 +8,7 @@ format, so one file serves every export.
 Arrays (L layers, E experts): ``tokens.ids`` int32 [n], ``tokens.lengths`` int32 [sequences],
 ``counts`` int64 [L, E + 1] (the last column is the skip expert), and for each layer i and site s
 of ``runtime.walk.SITES`` ``layers.i.s.second_moment`` and ``.absmax``, fp32 [in] or, in experts,
-[E, in].
+[E, in]. With sensitivity, also ``layers.i.PART.sensitivity``, fp32 [out] or [E, out].
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor
 from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.errors import InputError
 from zaya_convert.headers import read_header
+from zaya_convert.layout import TensorKey
 from zaya_convert.runtime.walk import SITE_OF, SITES
 from zaya_quant.stats import InputStats
 
@@ -99,6 +100,16 @@ class Stats:
             pooled = (moments * share[:, None]).sum(0) / share.sum()
             own = pooled + (own - pooled) * (count / self.min_tokens)
         return InputStats(count, own)
+
+    @property
+    def has_sensitivity(self) -> bool:
+        """Whether ``sensitivity`` can be asked."""
+        return any(name.endswith(".sensitivity") for name in self.arrays)
+
+    def sensitivity(self, key: TensorKey) -> Tensor:
+        """How much each output of a matrix matters, [out] (see ``sensitivity.measure``)."""
+        values = self.arrays[f"layers.{key.layer}.{key.part}.sensitivity"]
+        return values if key.expert < 0 else values[key.expert]
 
     def check_fits(self, checkpoint: Checkpoint) -> None:
         """Refuse statistics of another model.

@@ -10,36 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from zaya_kernels import reference
-
-if TYPE_CHECKING:
-    from zaya_quant.spec import QuantSpec
+from zaya_kernels import onednn, reference
+from zaya_kernels.request import Request
 
 ENVIRONMENT = "ZAYA_KERNELS"
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a caller is about to compute.
-
-    Attributes:
-        dtype: of the activations.
-        device: torch device type, "cpu" or "cuda".
-        spec: how the weights are quantized, None for float weights.
-        observed: whether the caller watches intermediate values (calibration).
-        exact: whether a row's result may not depend on the rows beside it (float64 weights).
-    """
-
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    spec: QuantSpec | None = None
-    observed: bool = False
-    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +33,10 @@ def _always(_: Request) -> str | None:
 
 
 OPS: Mapping[str, tuple[Row, ...]] = {
-    "linear": (Row("reference", _always, reference.linear),),
+    "linear": (
+        Row("onednn", onednn.can_run, onednn.linear),
+        Row("reference", _always, reference.linear),
+    ),
     "moe_ffn": (Row("reference", _always, reference.moe_ffn),),
 }
 

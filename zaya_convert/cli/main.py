@@ -26,6 +26,7 @@ PROGRAM = "zaya-convert"
 # name → (module whose ``command`` it is, one line for --help)
 COMMANDS = {
     "quantize": ("zaya_convert.cli.quantize", "Quantize a checkpoint: the main job."),
+    "calibrate": ("zaya_convert.cli.calibrate", "Measure what every expert receives."),
     "validate": ("zaya_convert.cli.validate", "Prove a candidate against its reference."),
     "inspect": ("zaya_convert.cli.inspect", "Show layout, parameters, sizes and problems."),
     "verify": ("zaya_convert.cli.verify", "Check an artifact's checksums and structure."),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,24 +9,7 @@ from typing import Any
 import click
 
 from zaya_convert.export import PACKINGS
-
-_UNITS = {
-    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
-}  # fmt: skip
-
-
-def parse_size(text: str) -> int:
-    """``"2GB"`` or ``"4.6GiB"`` → bytes.
-
-    Raises:
-        ValueError: not a size, or less than a byte.
-    """
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", text)
-    unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or float(match[1]) * unit < 1:
-        raise ValueError(f"{text!r} is not a size like 500MB, 2GB or 4.6GiB")
-    return int(float(match[1]) * unit)
+from zaya_convert.recipe import parse_size
 
 
 class Size(click.ParamType):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from zaya_convert import models
 from zaya_convert import recipe as recipes
+from zaya_convert.cli.calibration import Calibration, calibration_options
 from zaya_convert.cli.conversion import Writing, carry_out, default_output, open_named
 from zaya_convert.cli.output import Output, output_options
-from zaya_convert.cli.params import MODEL, writing_options
-from zaya_convert.errors import UsageError
+from zaya_convert.cli.params import MODEL, Size, writing_options
+from zaya_convert.cli.progress import stages_bar
+from zaya_convert.errors import OutputExistsError, UsageError
 from zaya_quant.methods import METHODS
 from zaya_quant.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from zaya_convert.checkpoint import Checkpoint
+    from zaya_convert.stats import Stats
 
 
 @click.command("quantize")
@@ -38,6 +47,31 @@ from zaya_quant.spec import QuantSpec
     show_default=True,
     help="File format.",
 )
+@click.option(
+    "--stats",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Calibration to use; made and kept there if the file does not exist yet.",
+)
+@click.option(
+    "--target-bpw",
+    type=click.FloatRange(1, 16),
+    metavar="X",
+    help="Choose bits for each matrix so that all weights take X bits on average.",
+)
+@click.option(
+    "--target-size",
+    type=Size(),
+    metavar="SIZE",
+    help="Choose bits for each matrix so that all weights take this many bytes.",
+)
+@click.option(
+    "--save-recipe",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write the recipe that was used, chosen bits included.",
+)
+@calibration_options
 @writing_options
 @output_options
 def command(
@@ -47,25 +81,134 @@ def command(
     method: str | None,
     recipe: str | None,
     format: str,
+    stats: Path | None,
+    target_bpw: float | None,
+    target_size: int | None,
+    save_recipe: Path | None,
     out: Output,
     **options: Any,
 ) -> None:
     """Quantize MODEL and write an artifact with manifest and model card.
 
-    Without --bits and --recipe the recipe is int4. Prints the output's path.
+    Without --bits and --recipe the recipe is int4. Calibrates first, where the recipe's methods ask
+    for it. Prints the output's path.
     """
+    calibration = Calibration(**{f.name: options.pop(f.name) for f in fields(Calibration)})
     writing = Writing(**options)
     chosen = choose_recipe(recipe, bits, group_size, method)
+    target = _target(chosen, target_bpw, target_size)
     source = open_named(model, out)
     from zaya_convert.plan import make_plan
 
     origin = writing.base_model or models.origin(model)
-    plan = make_plan(source, chosen, writing.packing, writing.shard_size, origin)
     suffix = f"int{bits}" if bits and not recipe else chosen.name
     if writing.packing != "compressed-tensors":
         suffix += f"-{writing.packing}"
     output = writing.output or default_output(source, model, suffix)
+    job = _Job(source, calibration, writing, output, stats, out)
+    plan = make_plan(source, chosen, writing.packing, writing.shard_size, origin)
+    if target is not None:
+        chosen, allocation = job.allocate(chosen, target.bytes(source))
+        plan = make_plan(source, chosen, writing.packing, writing.shard_size, origin)
+        plan = replace(plan, allocation={"target": target.text, **allocation})
+    if save_recipe is not None:
+        save_recipe.write_text(recipes.to_toml(chosen), encoding="utf-8")
+    if plan.needs_stats and not writing.dry_run:
+        plan = replace(plan, stats=job.stats(False), max_memory=calibration.max_memory)
     carry_out(plan, output, model, writing, out)
+    job.clean()
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A size to meet, and how it was asked for."""
+
+    text: str
+    bytes: Callable[[Checkpoint], int]
+
+
+def _target(recipe: recipes.Recipe, bpw: float | None, size: int | None) -> _Target | None:
+    """The size that flags or the recipe's budget ask for."""
+    if bpw is not None and size is not None:
+        raise UsageError("give --target-bpw or --target-size, not both")
+    if bpw is not None:
+        return _Target(f"{bpw:g} bits per weight", lambda source: int(bpw * source.weights / 8))
+    if size is not None:
+        return _Target(f"{size:,} bytes", lambda source: size)
+    budget = recipe.budget
+    if budget is None:
+        return None
+    return _Target(budget.text, lambda source: budget.weights(source.config))
+
+
+@dataclass
+class _Job:
+    """Calibration when it is wanted, at most once."""
+
+    source: Checkpoint
+    calibration: Calibration
+    writing: Writing
+    output: Path
+    path: Path | None
+    out: Output
+    _found: list[Stats] = field(default_factory=list)
+
+    @property
+    def _own(self) -> Path:
+        """Where statistics of this conversion alone stand until it is done."""
+        output = self.output.absolute()
+        return output.with_name(f".{output.name}.calibration.safetensors")
+
+    def stats(self, sensitivity: bool) -> Stats:
+        """Read the statistics, or calibrate."""
+        if not self._found:
+            self._found.append(self._get(sensitivity))
+        return self._found[0]
+
+    def _get(self, sensitivity: bool) -> Stats:
+        from zaya_convert import stats as files
+        from zaya_convert.cli import calibration
+
+        path = self.path or self._own
+        if path.is_file() and (self.path or self.writing.resume):
+            found = files.read(path)
+            found.check_fits(self.source)
+        else:
+            if self.output.exists() and not self.writing.overwrite:
+                raise OutputExistsError(
+                    f"{self.output} exists; choose another -o, or pass --overwrite"
+                )
+            found = calibration.run(
+                self.source, self.calibration, path, self.out, sensitivity=sensitivity,
+                threads=self.writing.threads, resume=self.writing.resume,
+            )  # fmt: skip
+            self.out.note(f"calibrated on {found.tokens:,} tokens of {found.facts['description']}")
+        calibration.check_coverage(found, self.calibration.on_uncovered, self.out)
+        return found
+
+    def allocate(
+        self, recipe: recipes.Recipe, target: int
+    ) -> tuple[recipes.Recipe, dict[str, Any]]:
+        """Choose bits for a target in bytes."""
+        from zaya_convert.allocate import allocate
+
+        stats = self.stats(True)
+        with stages_bar(self.out) as progress:
+            found = allocate(
+                self.source, recipe, self.writing.packing, stats, target,
+                threads=self.writing.threads, progress=progress,
+            )  # fmt: skip
+        lines = [
+            f"  {part}: " + ", ".join(f"{n} x {label}" for label, n in counts.items())
+            for part, counts in found.chosen.items()
+        ]
+        self.out.note("chosen bits:\n" + "\n".join(lines))
+        return found.recipe, found.to_dict()
+
+    def clean(self) -> None:
+        """Remove statistics that nobody asked to keep."""
+        if not self.writing.dry_run or self._found:
+            self._own.unlink(missing_ok=True)
 
 
 def choose_recipe(

@@ -39,7 +39,7 @@ from zaya_convert.runtime.attention import Batch, attend, project
 from zaya_convert.runtime.model import residual
 from zaya_convert.runtime.router import rms_norm, route
 from zaya_convert.runtime.weights import Parts, Weights
-from zaya_kernels.reference import linear
+from zaya_kernels.table import Request, choose
 
 ROWS = 2048  # rows of a piece of work that may be cut anywhere
 
@@ -141,6 +141,7 @@ class Walk:
 
     Attributes:
         layer: the next layer to run.
+        spans: where each sequence lies among all tokens.
         routes: the classes chosen in the layers that were run, int32 [tokens] each; E = skip.
     """
 
@@ -157,7 +158,8 @@ class Walk:
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.threads, self._folder = threads, folder
         self._weights = Weights(checkpoint, torch.float32, torch.float32, resident=False)
-        self._spans = _spans(sequences)
+        self.spans = _spans(sequences)
+        self._linear = choose("linear", Request(torch.float32)).body
         self.layer = 0
         self.routes: list[Tensor] = []
         ids = torch.cat(list(sequences))
@@ -179,7 +181,12 @@ class Walk:
     @property
     def tokens(self) -> int:
         """Tokens in all sequences."""
-        return self._spans[-1].stop
+        return self.spans[-1].stop
+
+    @property
+    def state(self) -> tuple[Tensor, Tensor]:
+        """The visited model's residual stream [n, d] and router state [n, R] before ``layer``."""
+        return self._lanes[0].x, self._lanes[0].state
 
     @torch.no_grad()
     def step(self, visitor: Visitor) -> None:
@@ -189,7 +196,7 @@ class Walk:
             InputError: more than 1 % of the rows are not finite any more.
         """
         parts = self._weights.small_parts(self.layer)
-        with _one_thread_each(), ThreadPoolExecutor(self.threads) as pool:
+        with one_thread_each(), ThreadPoolExecutor(self.threads) as pool:
             self._attention(parts, visitor, pool)
             self._router(parts, pool)
             self._experts(parts, visitor, pool)
@@ -249,9 +256,9 @@ class Walk:
                     self.config, (1, span.stop - span.start), torch.float32, torch.float32
                 )
                 h = normed(lane, span)[None]
-                out[span] = attend(h, own, self.layer, batch, linear)[1][0]
+                out[span] = attend(h, own, self.layer, batch, self._linear)[1][0]
 
-            list(pool.map(mix, self._spans))
+            list(pool.map(mix, self.spans))
         by_lane = {id(lane): out for lane, out in zip(self._lanes, mixed, strict=True)}
         site = Site(self.layer, "o_proj")
         pieces = self._pieces(lambda lane, span: by_lane[id(lane)][span])
@@ -260,10 +267,10 @@ class Walk:
             own = {**parts, **_named(site, matrices)}
 
             def add(span: slice, lane: Lane = lane, out: Tensor = out, own: Parts = own) -> None:
-                update = project(out[span], own, "self_attn.o_proj", linear)
+                update = project(out[span], own, "self_attn.o_proj", self._linear)
                 lane.x[span] = residual(lane.x[span], update, own, "post_attention_residual_scale")
 
-            list(pool.map(add, self._spans))
+            list(pool.map(add, self.spans))
 
     def _router(self, parts: Parts, pool: ThreadPoolExecutor) -> None:
         norm, eps = parts["post_attention_layernorm.weight"], self.config.eps
@@ -272,7 +279,7 @@ class Walk:
             def choose(span: slice, lane: Lane = lane) -> None:
                 h = rms_norm(lane.x[span], norm, eps)
                 before = lane.state[span] if self.layer else None
-                routing = route(h, parts, before, eps, linear)
+                routing = route(h, parts, before, eps, self._linear)
                 lane.choice[span] = routing.choice.int()
                 lane.weight[span] = routing.weight
                 lane.state[span] = routing.state
@@ -309,6 +316,7 @@ class Walk:
         visitor: Visitor,
     ) -> None:
         lanes = self._lanes
+        linear = self._linear
         own = [(lane.choice == expert).nonzero().squeeze(1) for lane in lanes]
         rows = own[0]
         weights = lanes[0].weight[rows].square()
@@ -350,7 +358,7 @@ class Walk:
 
             return compute
 
-        return [piece(span) for span in self._spans]
+        return [piece(span) for span in self.spans]
 
     def _sample(self) -> Tensor:
         """Evenly spaced tokens of this layer that reach an expert: its pooled inputs."""
@@ -454,7 +462,8 @@ def _cut(tokens: int) -> list[slice]:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
+    """Let torch use one thread: parallelism is over pieces of work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from zaya_quant.methods import gptq
+from zaya_quant.products import times_transposed
 from zaya_quant.qtensor import QuantTensor
 from zaya_quant.spec import QuantSpec
 from zaya_quant.stats import InputStats
@@ -37,15 +38,10 @@ def quantize(weight: Tensor, spec: QuantSpec, stats: InputStats | None = None) -
 def corrected(weight: Tensor, stats: InputStats, strength: float = STRENGTH) -> Tensor:
     """The weights T [out, in] of the formula above, fp32; the weights themselves without drift."""
     weight = weight.float()
-    if stats.drift is None:
+    pull = stats.pull()
+    if pull is None:
         return weight
-    factor = stats.factor()
-    order, upper = factor.order, factor.upper
-    pull = (weight @ stats.drift.float())[:, order]
-    # inverse(H + damping) = U^T U on ordered columns.
-    pull = (pull @ upper.t()) @ upper
-    correction = torch.empty_like(pull)
-    correction[:, order] = pull
+    correction = times_transposed(weight, pull.t())
     if not bool(torch.isfinite(correction).all()):
         return weight
     return weight + strength * correction

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from zaya_quant.methods import imatrix
+from zaya_quant.products import times_transposed
 from zaya_quant.qtensor import SCALE_DTYPES, QuantTensor
 from zaya_quant.spec import QuantSpec
 from zaya_quant.stats import Factor, InputStats
@@ -54,17 +55,13 @@ def quantize_towards(
 
     Both are [out, in]; scales are searched on the target.
     """
-    nearest = imatrix.quantize(target, spec, stats)
+    best = imatrix.quantize(target, spec, stats)
     problem = _Problem(target.float(), stats.factor(), spec, _damped(stats))
-    best = nearest
-    errors = problem.errors(nearest)
-    candidate = replace(nearest, codes=problem.round(nearest))
-    best, errors = _better(best, errors, candidate, problem.errors(candidate))
-    for _ in range(_REFITS if spec.symmetric else 0):
-        refitted = replace(best, scales=problem.refit(best))
-        best, errors = _better(best, errors, refitted, problem.errors(refitted))
-        again = replace(best, codes=problem.round(best))
-        best, errors = _better(best, errors, again, problem.errors(again))
+    errors = problem.errors(best)
+    for attempt in range(1 + (_REFITS if spec.symmetric else 0)):
+        start = replace(best, scales=problem.refit(best)) if attempt else best
+        codes, found = problem.round(start)
+        best, errors = _better(best, errors, replace(start, codes=codes), found)
     return best
 
 
@@ -104,13 +101,14 @@ class _Problem:
         total = torch.empty(len(self.target))
         for part in self._tiles():
             error = self.target[part] - _rows(value, part).dequantize()
-            total[part] = ((error @ self.hessian) * error).sum(dim=1)
+            total[part] = (times_transposed(error, self.hessian) * error).sum(dim=1)
         return total
 
-    def round(self, start: QuantTensor) -> Tensor:
-        """Codes [out, in] on the scales and zero points of ``start``.
+    def round(self, start: QuantTensor) -> tuple[Tensor, Tensor]:
+        """Codes [out, in] on the scales and zero points of ``start``, and their errors [out].
 
-        Works on columns as contiguous rows, in the order of the factor.
+        Works on columns as contiguous rows, in the order of the factor. Each column's error over
+        its pivot, squared, is what it adds to ``e H e^T``.
         """
         order, upper = self.factor.order, self.factor.upper
         columns = self.target.shape[1]
@@ -124,6 +122,7 @@ class _Problem:
         left = self.target.t()[order].contiguous()
         codes = torch.empty_like(left)
         pivots = upper.diagonal().tolist()
+        total = torch.zeros(left.shape[1])
         for begin in range(0, columns, _BLOCK):
             end = min(begin + _BLOCK, columns)
             errors = torch.empty(end - begin, left.shape[1])
@@ -138,10 +137,11 @@ class _Problem:
                 torch.addcmul(left[k], shifted, scales[g], value=-1, out=error)
                 error /= pivots[k]
                 left[k + 1 : end].addr_(upper[k, k + 1 : end], error, alpha=-1)
-            left[end:].addmm_(upper[begin:end, end:].t(), errors, alpha=-1)
+            total += errors.square().sum(dim=0)
+            left[end:] -= times_transposed(upper[begin:end, end:].t(), errors.t())
         result = torch.empty(self.target.shape, dtype=start.codes.dtype)
         result[:, order] = codes.t().to(start.codes.dtype)
-        return result
+        return result, total
 
     def refit(self, value: QuantTensor) -> Tensor:
         """The best scales [out, groups] for given codes, rounded to the dtype of the scales.
@@ -154,14 +154,17 @@ class _Problem:
         scales = value.scales.float().clone()
         for part in self._tiles():
             codes = value.codes[part].float()
-            goal = self.target[part] @ self.hessian
+            goal = times_transposed(self.target[part], self.hessian)
             system = torch.empty(len(codes), groups, groups)
             right = torch.empty(len(codes), groups)
             for g in range(groups):
                 own = slice(g * length, min((g + 1) * length, columns))
-                seen = (codes[:, own] @ self.hessian[own]) * codes
-                seen = torch.nn.functional.pad(seen, (0, pad))
-                system[:, g] = seen.unflatten(1, (groups, length)).sum(dim=2)
+                rest = slice(own.start, columns)  # the system is symmetric: half will do
+                seen = (codes[:, own] @ self.hessian[own, rest]).mul_(codes[:, rest])
+                seen = torch.nn.functional.pad(seen, (0, pad)) if pad else seen
+                sums = seen.unflatten(1, (groups - g, length)).sum(dim=2)
+                system[:, g, g:] = sums
+                system[:, g:, g] = sums
                 right[:, g] = (goal[:, own] * codes[:, own]).sum(dim=1)
             diagonal = system.diagonal(dim1=1, dim2=2)
             empty = diagonal <= 0  # a group of zeros: any scale will do, so it keeps its own

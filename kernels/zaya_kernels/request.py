@@ -1,0 +1,30 @@
+"""What a caller is about to compute: the question that every row of the table answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from zaya_quant.spec import QuantSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a caller is about to compute.
+
+    Attributes:
+        dtype: of the activations.
+        device: torch device type, "cpu" or "cuda".
+        spec: how the weights are quantized, None for float weights.
+        observed: whether the caller watches intermediate values (calibration).
+        exact: whether a row's result may not depend on the rows beside it (float64 weights).
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    spec: QuantSpec | None = None
+    observed: bool = False
+    exact: bool = False

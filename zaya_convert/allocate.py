@@ -1,0 +1,233 @@
+"""Bits where they matter: choose every matrix's grid so that a size is met and KL is least.
+
+Each matrix that a recipe quantizes may have any of the ``GRIDS`` that the packing can hold. What a
+choice costs in KL is predicted from measured sensitivity (see ``sensitivity``): the matrix is
+rounded on that grid and its error weighed by how much each output matters and how large each input
+is. Choosing under a budget is a knapsack with many small items; taking the best ratio of KL saved
+to bytes spent along each matrix's convex hull is within one item of its optimum (Dantzig bound).
+So a single expert whose errors matter gets more bits alone.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from zaya_convert.checkpoint import Checkpoint, TensorInfo
+from zaya_convert.errors import InputError, UsageError
+from zaya_convert.export import packing
+from zaya_convert.layout import PART_BY_NAME, TensorKey
+from zaya_convert.recipe import Recipe, Rule
+from zaya_convert.runtime.walk import one_thread_each
+from zaya_convert.stats import Stats
+from zaya_quant.methods import method
+from zaya_quant.spec import QuantSpec
+
+GRIDS = (
+    QuantSpec(3, 128), QuantSpec(3, 32), QuantSpec(4, 128), QuantSpec(4, 32), QuantSpec(5, 32),
+    QuantSpec(6, 32), QuantSpec(8, 32),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Option:
+    """One grid for one matrix: what it takes, and the KL it is predicted to cost."""
+
+    spec: QuantSpec
+    bytes: int
+    kl: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What was chosen.
+
+    Attributes:
+        recipe: one rule for each choice that differs from the most common one of its role.
+        bytes: of the whole artifact's weights.
+        predicted_kl: of rounding to nearest on these grids, in nats; calibrated methods do better.
+        chosen: how many matrices of each role got which grid.
+    """
+
+    recipe: Recipe
+    bytes: int
+    predicted_kl: float
+    chosen: dict[str, dict[str, int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For manifests and reports."""
+        return {
+            "bytes": self.bytes,
+            "predicted_kl_rounding": self.predicted_kl,
+            "chosen": self.chosen,
+        }
+
+
+def allocate(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    packing_name: str,
+    stats: Stats,
+    target: int,
+    *,
+    threads: int | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, of: None,
+) -> Allocation:
+    """Choose grids for all matrices that ``recipe`` quantizes.
+
+    Args:
+        recipe: says which matrices, and by which method; its own grids are not looked at.
+        stats: with sensitivities.
+        target: bytes of the artifact's weights.
+
+    Raises:
+        UsageError: a target below the smallest or above the largest possible size.
+        InputError: statistics without sensitivities, or of another model.
+    """
+    stats.check_fits(checkpoint)
+    if not stats.has_sensitivity:
+        raise InputError("holds no sensitivities; calibrate with --sensitivity", "calibration")
+    module = packing(packing_name)
+    fixed = 0
+    matrices: list[tuple[TensorInfo, Rule]] = []
+    for info in checkpoint.infos.values():
+        rule = recipe.rule_for(info.key)
+        if rule is None:
+            regions = module.regions(info, None, checkpoint.config)
+            fixed += sum(region.bytes for region in regions.values())
+        else:
+            matrices.append((info, rule))
+
+    def options(entry: tuple[TensorInfo, Rule]) -> list[Option]:
+        info = entry[0]
+        specs = [spec for spec in GRIDS if not module.problems(info, spec)]
+        sizes = [
+            sum(r.bytes for r in module.regions(info, spec, checkpoint.config).values())
+            for spec in specs
+        ]
+        costs = _costs(checkpoint, stats, info, specs)
+        return _hull([Option(*o) for o in zip(specs, sizes, costs, strict=True)])
+
+    found: list[list[Option]] = []
+    with one_thread_each(), ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        for done, choices in enumerate(pool.map(options, matrices), 1):
+            found.append(choices)
+            progress("measuring grids", done, len(matrices))
+    picked = _fill(found, target - fixed, fixed)
+    chosen = [(info, rule, option) for (info, rule), option in zip(matrices, picked, strict=True)]
+    return Allocation(
+        replace(recipe, name=f"{recipe.name}-allocated", rules=_rules(chosen)),
+        fixed + sum(option.bytes for option in picked),
+        sum(option.kl for option in picked),
+        _histogram(chosen),
+    )
+
+
+def _costs(
+    checkpoint: Checkpoint, stats: Stats, info: TensorInfo, specs: Sequence[QuantSpec]
+) -> list[float]:
+    """Predicted KL of one matrix on each grid, rounded to nearest under its second moments."""
+    key = info.key
+    weight = checkpoint.read_float(key, torch.float32)
+    known = stats.of(key.layer, key.part, key.expert)
+    if known is None:  # an expert that no token reached: nothing says that it matters
+        return [0.0] * len(specs)
+    outputs = stats.sensitivity(key)
+    costs = []
+    for spec in specs:
+        error = weight - method("imatrix")(weight, spec, known).dequantize()
+        costs.append(
+            0.5 * float(outputs.double() @ (error.square() @ known.second_moment).double())
+        )
+    return costs
+
+
+def _hull(options: list[Option]) -> list[Option]:
+    """The options worth having: each step to the next buys less KL a byte than the one before."""
+    hull: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.bytes, o.kl)):
+        if hull and option.kl >= hull[-1].kl:
+            continue
+        while len(hull) > 1 and _gain(hull[-1], option) >= _gain(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _gain(small: Option, large: Option) -> float:
+    return (small.kl - large.kl) / (large.bytes - small.bytes)
+
+
+def _fill(options: list[list[Option]], budget: int, fixed: int) -> list[Option]:
+    """Spend a budget: always the upgrade that saves most KL a byte, as long as one fits."""
+    level = [0] * len(options)
+    spent = sum(own[0].bytes for own in options)
+    largest = sum(own[-1].bytes for own in options)
+    for size, word, limit in ((spent, "least", spent > budget), (largest, "most", False)):
+        if limit:
+            raise UsageError(
+                f"the target is {budget + fixed:,} bytes; the {word} this recipe can reach is "
+                f"{size + fixed:,}"
+            )
+    if budget > largest * 1.01 + fixed * 0.01:
+        raise UsageError(
+            f"the target is {budget + fixed:,} bytes; the most this recipe can use is "
+            f"{largest + fixed:,} (8 bits for everything it quantizes)"
+        )
+    heap = [(-_gain(own[0], own[1]), i) for i, own in enumerate(options) if len(own) > 1]
+    heapq.heapify(heap)
+    while heap:
+        _, i = heapq.heappop(heap)
+        own = options[i]
+        step = own[level[i] + 1].bytes - own[level[i]].bytes
+        if spent + step > budget:
+            continue
+        spent += step
+        level[i] += 1
+        if level[i] + 1 < len(own):
+            heapq.heappush(heap, (-_gain(own[level[i]], own[level[i] + 1]), i))
+    return [own[at] for own, at in zip(options, level, strict=True)]
+
+
+_Chosen = tuple[TensorInfo, Rule, Option]
+
+
+def _rules(chosen: Sequence[_Chosen]) -> tuple[Rule, ...]:
+    """Exceptions first, by name; then one rule a role with its most common choice."""
+    common: dict[str, Rule] = {}
+    for role in ("expert", "attention"):
+        rules = [
+            _rule(rule, option, "") for info, rule, option in chosen if _role(info.key) == role
+        ]
+        if rules:
+            common[role] = Counter(rules).most_common(1)[0][0]
+    exceptions = [
+        _rule(rule, option, info.key.module)
+        for info, rule, option in chosen
+        if _rule(rule, option, "") != common[_role(info.key)]
+    ]
+    names = {"expert": "experts", "attention": "attention"}
+    return (*exceptions, *(replace(rule, match=names[role]) for role, rule in common.items()))
+
+
+def _rule(rule: Rule, option: Option, match: str) -> Rule:
+    spec = option.spec
+    return replace(rule, match=match, bits=spec.bits, group_size=spec.group_size)
+
+
+def _histogram(chosen: Sequence[_Chosen]) -> dict[str, dict[str, int]]:
+    table: dict[str, Counter[str]] = {}
+    for info, _, option in chosen:
+        table.setdefault(info.key.part.removesuffix(".weight"), Counter())[option.spec.label] += 1
+    return {part: dict(sorted(counts.items())) for part, counts in table.items()}
+
+
+def _role(key: TensorKey) -> str:
+    return PART_BY_NAME[key.part].role
