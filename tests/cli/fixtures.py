@@ -16,15 +16,18 @@ import pytest
 import torch
 
 from cli.running import Run, Zaya, environment
+from rounding import NEAREST
 from zaya_convert.cli.main import run
 
 
 @pytest.fixture
 def zaya(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Zaya]:
-    """Run in this process."""
+    """Run in this process; rounds to nearest, unless ``--method`` says otherwise."""
     for name in list(os.environ):
         if name.startswith("ZAYA_CONVERT") or name == "NO_COLOR":
             monkeypatch.delenv(name)
+    for name, value in NEAREST.items():
+        monkeypatch.setenv(name, value)
     before = signal.getsignal(signal.SIGTERM)
 
     def call(*arguments: object) -> Run:
@@ -59,9 +62,10 @@ def process() -> Callable[..., Run]:
 
 @pytest.fixture(scope="session")
 def artifact(nano_hybrid: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The nano checkpoint in int4, shared and so not to be changed."""
+    """The nano checkpoint in int4, rounded to nearest, shared and so not to be changed."""
     out = tmp_path_factory.mktemp("artifact") / "nano-int4"
-    assert run(["quantize", str(nano_hybrid), "--bits", "4", "-o", str(out), "-q"]) == 0
+    arguments = ["--bits", "4", "--method", "rtn", "-o", str(out), "-q"]
+    assert run(["quantize", str(nano_hybrid), *arguments]) == 0
     return out
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from rounding import NEAREST
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -33,13 +35,16 @@ class Zaya(Protocol):
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """An environment that finds the package in a plain checkout and in an editable install."""
+    """An environment that finds the package in a plain checkout and in an editable install.
+
+    Rounds to nearest, whatever the recipe says.
+    """
     kept = {name: value for name, value in os.environ.items() if "ZAYA_CONVERT" not in name}
     kept.pop("NO_COLOR", None)
     roots = [str(ROOT / folder) for folder in (".", "quant", "kernels")]
     # One thread: many small products, and other tests may be using the other cores.
     fixed = {"PYTHONPATH": os.pathsep.join(roots), "TERM": "xterm", "OMP_NUM_THREADS": "1"}
-    return {**kept, **fixed, **extra}
+    return {**kept, **fixed, **NEAREST, **extra}
 
 
 def imported_by(*arguments: str) -> set[str]:

@@ -22,7 +22,8 @@ pytest_plugins = ("cli.fixtures",)
 Process = Callable[..., Run]
 
 # What --help may import: click, itself, and the standard library.
-_HEAVY = ("torch", "numpy", "transformers", "rich", "tokenizers", "jinja2", "huggingface_hub")
+_HEAVY = ("torch", "numpy", "transformers", "rich", "tokenizers", "jinja2", "huggingface_hub",
+          "safetensors")  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nano import Nano
+from rounding import nearest
 from synthetic import nano_config, synthetic_tensor, write_checkpoint
 from zaya_convert import manifest
 from zaya_convert.convert import execute
@@ -18,13 +19,12 @@ from zaya_convert.headers import read_header
 from zaya_convert.layout import TensorKey
 from zaya_convert.models import open_model
 from zaya_convert.plan import make_plan
-from zaya_convert.recipe import for_bits
 
 
 @pytest.fixture
 def artifact(nano_hybrid: Path, tmp_path: Path) -> Path:
     execute(
-        make_plan(open_model(str(nano_hybrid)), for_bits(4), "compressed-tensors"), tmp_path / "a"
+        make_plan(open_model(str(nano_hybrid)), nearest(4), "compressed-tensors"), tmp_path / "a"
     )
     return tmp_path / "a"
 
@@ -90,7 +90,7 @@ def test_the_dense_twin_keeps_its_provenance(nano: Nano, artifact: Path, tmp_pat
     twin, original = open_model(str(tmp_path / "d")), open_model(str(artifact))
     assert twin.manifest["source"] == original.manifest["source"]
     with pytest.raises(UsageError, match="quantized already"):
-        make_plan(twin, for_bits(4), "compressed-tensors")
+        make_plan(twin, nearest(4), "compressed-tensors")
     execute(make_plan(twin, None, "dense"), tmp_path / "d2")
     assert open_model(str(tmp_path / "d2")).manifest["source"] == original.manifest["source"]
 
@@ -99,7 +99,7 @@ def test_the_dense_twin_keeps_its_provenance(nano: Nano, artifact: Path, tmp_pat
 def test_overwrite_never_touches_the_input(out: str, nano_hybrid: Path, tmp_path: Path) -> None:
     source = tmp_path / "models" / "mine" / "src"
     shutil.copytree(nano_hybrid, source)
-    plan = make_plan(open_model(str(source)), for_bits(4), "compressed-tensors")
+    plan = make_plan(open_model(str(source)), nearest(4), "compressed-tensors")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UsageError, match="never written to"):
         execute(plan, source / out, overwrite=True)
@@ -107,7 +107,7 @@ def test_overwrite_never_touches_the_input(out: str, nano_hybrid: Path, tmp_path
 
 
 def test_overwrite_replaces_artifacts_only(nano_hybrid: Path, tmp_path: Path) -> None:
-    plan = make_plan(open_model(str(nano_hybrid)), for_bits(4), "compressed-tensors")
+    plan = make_plan(open_model(str(nano_hybrid)), nearest(4), "compressed-tensors")
     mine = tmp_path / "thesis"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
@@ -131,7 +131,7 @@ def test_auto_round_refuses_what_its_reader_cannot_hold(tmp_path: Path) -> None:
     folder = write_checkpoint(
         tmp_path / "src", nano_config(), layout="hybrid", seed=0, tensors=tiny
     )
-    plan = make_plan(open_model(str(folder)), for_bits(4), "auto-round")
+    plan = make_plan(open_model(str(folder)), nearest(4), "auto-round")
     with pytest.raises(InputError, match=r"down_proj.*needs wider scales.*float16 only"):
         execute(plan, tmp_path / "out")
 
@@ -152,4 +152,4 @@ def test_layers_missing_at_the_end_of_a_legacy_model(nano: Nano, tmp_path: Path)
 def test_windows_of_different_sizes(nano: Nano) -> None:
     source = open_model(str(nano("legacy", windows=(0, 9, 17))))
     with pytest.raises(InputError, match="windows of different sizes"):
-        make_plan(source, for_bits(4), "compressed-tensors")
+        make_plan(source, nearest(4), "compressed-tensors")

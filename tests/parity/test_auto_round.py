@@ -11,7 +11,7 @@ import torch
 from zaya_convert.convert import execute
 from zaya_convert.models import BUNDLED, open_model
 from zaya_convert.plan import make_plan
-from zaya_convert.recipe import load
+from zaya_convert.recipe import adjusted, load
 from zaya_convert.runtime.model import Model
 from zaya_quant.metrics import kl_divergence
 
@@ -21,7 +21,8 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.mark.parametrize("recipe", ["int4", "int8", "int4-small"])
 def test_loads_and_agrees_within_bf16_noise(recipe: str, tmp_path: Path) -> None:
-    execute(make_plan(open_model(None), load(recipe), "auto-round"), tmp_path / "a")
+    nearest = adjusted(load(recipe), method="rtn")
+    execute(make_plan(open_model(None), nearest, "auto-round"), tmp_path / "a")
     artifact = open_model(str(tmp_path / "a"))
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "a", dtype=torch.bfloat16, output_loading_info=True

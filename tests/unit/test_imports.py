@@ -29,7 +29,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "zaya_convert.config": ("zaya_convert.errors",),
     "zaya_convert.files": ("zaya_convert.errors", "zaya_convert.headers"),
     "zaya_convert.checkpoint": (*_INDEX, "torch (lazy)", "numpy (lazy)"),
-    "zaya_convert.models": (*_INDEX, "zaya_convert.export", "huggingface_hub (lazy)"),
+    "zaya_convert.hub": ("zaya_convert.errors", "huggingface_hub (lazy)"),
+    "zaya_convert.models": (*_INDEX, "zaya_convert.export", "zaya_convert.hub"),
     "zaya_convert.inspect": (),
     "zaya_convert.manifest": (*_INDEX, "zaya_convert"),
     # from intent to plan
@@ -38,9 +39,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
                           "zaya_quant.spec", "zaya_quant.methods"),
     "zaya_convert.card": (*_INDEX, "huggingface_hub (lazy)"),
     "zaya_convert.publish": ("zaya_convert.errors",),
-    "zaya_convert.convert": (*_INDEX, *_NUMERICS, "zaya_convert", "zaya_convert.plan",
+    "zaya_convert.work": (*_INDEX, "torch", "zaya_convert.plan", "zaya_convert.export",
+                          "zaya_quant"),
+    "zaya_convert.prefix": ("torch", "zaya_convert.plan", "zaya_convert.work",
+                            "zaya_convert.runtime.walk", "zaya_quant"),
+    "zaya_convert.convert": (*_INDEX, "torch", "zaya_convert", "zaya_convert.plan",
                              "zaya_convert.card", "zaya_convert.manifest", "zaya_convert.publish",
-                             "zaya_convert.export", "zaya_quant"),
+                             "zaya_convert.export", "zaya_convert.work", "zaya_convert.prefix",
+                             "zaya_convert.runtime.walk", "zaya_quant.methods"),
     # formats: none knows another, except the parts two of them share
     "zaya_convert.export": (*_INDEX,),
     "zaya_convert.export.arrays": ("zaya_convert.headers",),
@@ -58,7 +64,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # running models and judging them
     "zaya_convert.runtime": (*_INDEX, *_NUMERICS, "zaya_quant", "zaya_kernels", "tokenizers",
                              "jinja2"),
-    "zaya_convert.data": (*_INDEX, "torch", "zaya_convert.models", "zaya_convert.runtime"),
+    "zaya_convert.data": (*_INDEX, "torch", "zaya_convert.hub", "zaya_convert.models",
+                          "zaya_convert.runtime"),
     "zaya_convert.validate": (*_INDEX, "torch", "zaya_convert.data", "zaya_convert.runtime",
                               "zaya_quant"),
     "zaya_convert.report": ("rich (lazy)", "jinja2 (lazy)"),
@@ -66,6 +73,18 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "zaya_convert.oracle": (*_INDEX, "zaya_convert", "torch", "transformers",
                             "transformers (lazy)", "zaya_quant", "zaya_convert.models",
                             "zaya_convert.export"),
+    # what models do to their matrices' inputs, and what is concluded from it
+    "zaya_convert.stats": (*_INDEX, "torch", "safetensors", "zaya_convert.runtime.walk",
+                           "zaya_quant.stats"),
+    "zaya_convert.sensitivity": (*_INDEX, "torch", "zaya_convert.runtime",
+                                 "zaya_kernels.reference"),
+    "zaya_convert.traces": (*_INDEX, "torch", "zaya_convert.data", "zaya_convert.runtime"),
+    "zaya_convert.calibrate": (*_INDEX, "torch", "safetensors", "zaya_convert",
+                               "zaya_convert.data", "zaya_convert.publish",
+                               "zaya_convert.runtime.walk", "zaya_convert.sensitivity",
+                               "zaya_convert.stats"),
+    "zaya_convert.allocate": (*_INDEX, "torch", "zaya_convert.export", "zaya_convert.recipe",
+                              "zaya_convert.runtime.walk", "zaya_convert.stats", "zaya_quant"),
     # what a person sees; nothing imports it
     "zaya_convert.doctor": ("zaya_convert", "zaya_convert.models", "zaya_convert.recipe",
                             "torch (lazy)", "zaya_quant (lazy)", "zaya_kernels (lazy)"),
@@ -74,6 +93,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
                          "zaya_convert.export", "zaya_quant.spec", "zaya_quant.methods",
                          "zaya_convert.doctor (lazy)", "zaya_convert.plan (lazy)",
                          "zaya_convert.convert (lazy)", "zaya_convert.data (lazy)",
+                         "zaya_convert.calibrate (lazy)", "zaya_convert.stats (lazy)",
+                         "zaya_convert.traces (lazy)", "zaya_convert.allocate (lazy)",
                          "zaya_convert.validate (lazy)", "zaya_convert.report (lazy)",
                          "zaya_convert.runtime (lazy)", "rich (lazy)", "torch (lazy)"),
     "zaya_convert.__main__": ("zaya_convert.cli",),
@@ -150,6 +171,16 @@ def test_every_row_speaks_of_a_module() -> None:
     assert not {row for row in ALLOWED if row not in MODULES}
 
 
+def test_no_module_imports_itself_by_a_detour() -> None:
+    graph = {
+        module: {name for name, lazy, types in imports_of(path) if name in MODULES and not lazy | types}
+        for module, path in MODULES.items()
+    }
+    while leaves := {module for module, names in graph.items() if not names}:
+        graph = {m: names - leaves for m, names in graph.items() if m not in leaves}
+    assert not graph, f"in or above a cycle: {sorted(graph)}"
+
+
 def test_nothing_but_the_entry_imports_the_command_line() -> None:
     importers = {
         module
@@ -182,8 +213,8 @@ def run_python(script: str) -> str:
     return done.stdout
 
 
-LIGHT = ("errors", "headers", "layout", "config", "files", "checkpoint", "models", "recipe", "plan",
-         "report", "manifest", "inspect", "publish")  # fmt: skip
+LIGHT = ("errors", "headers", "layout", "config", "files", "checkpoint", "hub", "models", "recipe",
+         "plan", "report", "manifest", "inspect", "publish")  # fmt: skip
 
 
 def test_the_index_and_the_plan_import_no_torch() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from nano import Nano
+from rounding import nearest
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.layout import PART_BY_NAME
 from zaya_convert.models import open_model
@@ -91,7 +92,7 @@ def test_quantizing_twice_is_refused(nano_hybrid: Path, tmp_path: Path) -> None:
     from zaya_convert.convert import execute
 
     execute(
-        make_plan(open_model(str(nano_hybrid)), for_bits(4), "compressed-tensors"), tmp_path / "a"
+        make_plan(open_model(str(nano_hybrid)), nearest(4), "compressed-tensors"), tmp_path / "a"
     )
     with pytest.raises(UsageError, match="quantized already"):
         make_plan(open_model(str(tmp_path / "a")), for_bits(8), "compressed-tensors")

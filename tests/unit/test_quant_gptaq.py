@@ -170,7 +170,7 @@ def test_non_finite_weights_are_named(value):
 
 
 @pytest.mark.parametrize("spec", SOME_SPECS, ids=label)
-def test_the_number_of_torch_threads_does_not_matter(spec):
+def test_the_number_of_torch_threads_does_not_matter_to_small_matrices(spec):
     weight, (x, r) = normal(100, 80), drifted(80, 200)
     stats = stats_of(x, r)
     one = gptaq.quantize(weight, spec, stats)

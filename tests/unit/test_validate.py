@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from nano import Nano
+from rounding import nearest
 from zaya_convert import data, report
 from zaya_convert.convert import execute
 from zaya_convert.errors import InputError
 from zaya_convert.models import open_model
 from zaya_convert.plan import make_plan
-from zaya_convert.recipe import for_bits
 from zaya_convert.validate import Bounds, validate
 
 
 @pytest.fixture(scope="module")
 def int4(nano_hybrid: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("validate") / "int4"
-    execute(make_plan(open_model(str(nano_hybrid)), for_bits(4), "compressed-tensors"), out)
+    execute(make_plan(open_model(str(nano_hybrid)), nearest(4), "compressed-tensors"), out)
     return out
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zaya_quant.affine import check_weight
 from zaya_quant.methods import gptq
 from zaya_quant.products import times_transposed
 from zaya_quant.qtensor import QuantTensor
@@ -32,7 +33,8 @@ def quantize(weight: Tensor, spec: QuantSpec, stats: InputStats | None = None) -
     """
     if stats is None or stats.hessian is None:
         raise ValueError("gptaq needs a Hessian; calibrate first, or use the method rtn")
-    return gptq.quantize_towards(weight, corrected(weight, stats), spec, stats)
+    check_weight(weight)
+    return gptq.quantize_towards(corrected(weight, stats), spec, stats)
 
 
 def corrected(weight: Tensor, stats: InputStats, strength: float = STRENGTH) -> Tensor:

@@ -8,8 +8,8 @@ inverse(H + damping) = U^T U.
 What is done on top of the paper:
 
 * Scales (and zero points) come first and stay (*static groups*), from the search of
-  ``zaya_quant.affine`` with the second moments as importance, so any order of columns works with
-  groups that the file stores in theirs.
+  ``zaya_quant.affine`` with the damped second moments as importance, so any order of columns works
+  with groups that the file stores in theirs.
 * **Refit.** With the codes found, the best scales of a row are a small least-squares problem under
   H itself; then columns are rounded once more on them.
 * **Guard.** Row by row the result is kept only where its error under the damped Hessian is below
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from zaya_quant.methods import imatrix
 from zaya_quant.products import times_transposed
-from zaya_quant.qtensor import SCALE_DTYPES, QuantTensor
+from zaya_quant.qtensor import SCALE_DTYPES, QuantTensor, expand_groups
 from zaya_quant.spec import QuantSpec
 from zaya_quant.stats import Factor, InputStats
 
@@ -45,20 +45,18 @@ def quantize(weight: Tensor, spec: QuantSpec, stats: InputStats | None = None) -
     """
     if stats is None or stats.hessian is None:
         raise ValueError("gptq needs a Hessian; calibrate first, or use the method rtn")
-    return quantize_towards(weight, weight, spec, stats)
+    return quantize_towards(weight, spec, stats)
 
 
-def quantize_towards(
-    weight: Tensor, target: Tensor, spec: QuantSpec, stats: InputStats
-) -> QuantTensor:
-    """Round ``target``, which is ``weight`` or what best stands in for it on these inputs.
-
-    Both are [out, in]; scales are searched on the target.
-    """
-    best = imatrix.quantize(target, spec, stats)
+def quantize_towards(target: Tensor, spec: QuantSpec, stats: InputStats) -> QuantTensor:
+    """Round ``target`` [out, in]: the weights, or what best stands in for them on these inputs."""
+    # With the damping that the Hessian gets, so that a channel whose inputs are zero counts a
+    # little and is not clipped.
+    weigh = InputStats(stats.count, stats.second_moment + stats.factor().damping)
+    best = imatrix.quantize(target, spec, weigh)
     problem = _Problem(target.float(), stats.factor(), spec, _damped(stats))
     errors = problem.errors(best)
-    for attempt in range(1 + (_REFITS if spec.symmetric else 0)):
+    for attempt in range(1 + _REFITS):
         start = replace(best, scales=problem.refit(best)) if attempt else best
         codes, found = problem.round(start)
         best, errors = _better(best, errors, replace(start, codes=codes), found)
@@ -154,6 +152,9 @@ class _Problem:
         scales = value.scales.float().clone()
         for part in self._tiles():
             codes = value.codes[part].float()
+            if value.zeros is not None:
+                zeros = value.zeros[part].float()
+                codes -= expand_groups(zeros, self.spec, columns)
             goal = times_transposed(self.target[part], self.hessian)
             system = torch.empty(len(codes), groups, groups)
             right = torch.empty(len(codes), groups)
