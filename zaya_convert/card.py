@@ -65,6 +65,7 @@ def model_card(plan: Plan, facts: Mapping[str, Any]) -> bytes:
         "| --- | ---: | ---: | ---: |",
         *rows,
         "",
+        *_calibration_lines(facts),
         "The router path, convolutions, norms, residual scales and key temperatures are never"
         " quantized. A token routed to the skip expert gets output zero.",
         "",
@@ -75,6 +76,21 @@ def model_card(plan: Plan, facts: Mapping[str, Any]) -> bytes:
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def _calibration_lines(facts: Mapping[str, Any]) -> list[str]:
+    """One paragraph on calibration and chosen bits, if there were any."""
+    found, chosen = facts.get("calibration"), facts.get("allocation")
+    lines = []
+    if found:
+        lines.append(
+            f"Calibrated on {found['tokens']:,} tokens of {found['data']} (statistics "
+            f"`{found['digest'][:16]}`); {len(found['below_minimum'])} experts had fewer than "
+            f"{found['min_tokens']:,} tokens, {len(found['fallback'])} matrices none."
+        )
+    if chosen:
+        lines.append(f"Bits were chosen for each matrix to meet {chosen['target']}.")
+    return [*lines, ""] if lines else []
 
 
 def _kept_metadata(source: Checkpoint) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from zaya_convert import layout as layouts
 from zaya_convert.config import ModelConfig, normalise
@@ -38,7 +38,7 @@ CHUNK_BYTES = 32 << 20
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "LICENSE", "LICENSE.txt", "NOTICE",
+    "equalization.npz", "LICENSE", "LICENSE.txt", "NOTICE",
 )  # fmt: skip
 
 
@@ -84,6 +84,18 @@ class TensorInfo:
         return count
 
 
+class Scaling(Protocol):
+    """An exact change of a float tensor that other tensors make up for."""
+
+    def of(self, value: torch.Tensor | QuantTensor) -> torch.Tensor:
+        """The changed tensor, in the same dtype."""
+        ...
+
+    def of_moments(self, moments: torch.Tensor) -> torch.Tensor:
+        """Second moments [in] of the inputs that the changed tensor receives."""
+        ...
+
+
 Decoder = Callable[[TensorInfo, dict[str, "torch.Tensor"]], "QuantTensor"]
 
 
@@ -99,6 +111,7 @@ class Checkpoint:
         infos: every logical tensor, in execution order.
         notes: things worth telling a person that are not errors.
         manifest: the artifact's manifest, empty for sources.
+        scaling: powers of two that ``read`` multiplies a float tensor with (see ``equalize``).
     """
 
     path: Path
@@ -110,6 +123,7 @@ class Checkpoint:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     decoder: Decoder | None = None
     tied_copy: TensorInfo | None = None
+    scaling: Mapping[TensorKey, Scaling] = field(default_factory=dict)
 
     def read(self, key: TensorKey) -> torch.Tensor | QuantTensor:
         """Read one tensor: a float tensor in its stored dtype, or a ``QuantTensor``.
@@ -117,6 +131,11 @@ class Checkpoint:
         Raises:
             InputError: the file cannot be read, or shrank since it was opened.
         """
+        value = self.read_stored(key)
+        return self.scaling[key].of(value) if key in self.scaling else value
+
+    def read_stored(self, key: TensorKey) -> torch.Tensor | QuantTensor:
+        """``read`` without ``scaling``: what the file holds."""
         info = self.infos[key]
         if info.spec is None:
             return _tensor(info.pieces[""])

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from zaya_convert import __version__, card, manifest
+from zaya_convert import __version__, card, equalize, manifest
 from zaya_convert.checkpoint import SourceDigest
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.export import packing
@@ -138,6 +138,9 @@ def _run_steps(plan: Plan, place: Workspace, threads: int, progress: Progress) -
         with _single_threaded_torch():
             run.alone(threads)
         run.in_order(threads)
+        # Here, because an interrupted run may have left them when all steps were finished.
+        for folder in (_WALK, f"{_WALK}.new", _STREAMS):
+            shutil.rmtree(place.partial / folder, ignore_errors=True)
     except InputError:
         place.discard()
         raise
@@ -247,8 +250,6 @@ class _Run:
             walk.step(prefix)
             self.journal.flush()
             walk.save(state)
-        for folder in (state, self.place.partial / _STREAMS):
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _finished(self, record: Record) -> None:
         self.records[record["step"]] = record
@@ -369,6 +370,7 @@ def _finish(
         "packing": plan.packing,
         "recipe": plan.recipe.to_dict() if plan.recipe else plan.source.manifest.get("recipe"),
         "calibration": _calibration(plan, records),
+        "equalized": bool(plan.source.scaling) or bool(plan.source.manifest.get("equalized")),
         "allocation": plan.allocation or plan.source.manifest.get("allocation"),
         "source": {"digest": digest, "model": plan.origin},
         "skip_mode": "zero",
@@ -378,6 +380,8 @@ def _finish(
     }
     config = card.json_bytes(packing(plan.packing).config(plan))
     files = plan.source.side_files() | extra | {"config.json": config}
+    if plan.source.scaling:
+        files[equalize.NAME] = equalize.serialise(plan.source.scaling)
     files["README.md"] = card.model_card(plan, facts)
     for name, data in files.items():
         (place.partial / name).write_bytes(data)

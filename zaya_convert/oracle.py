@@ -22,7 +22,7 @@ import torch
 
 from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.errors import InputError, UsageError
-from zaya_convert.layout import TensorKey, stored
+from zaya_convert.layout import PART_BY_NAME, TensorKey, stored
 from zaya_convert.models import open_model
 
 if TYPE_CHECKING:
@@ -54,7 +54,9 @@ def load_artifact_in_transformers(
     """Load a compressed-tensors artifact with stock transformers.
 
     transformers merges per-expert matrices only for model types with a conversion mapping, and
-    ``zaya`` has none; we register the one of ``qwen2_moe``, whose expert names are the same.
+    ``zaya`` has none; we register the one of ``qwen2_moe``, whose expert names are the same. It
+    also decodes all experts with one scheme; an artifact that mixes schemes among experts is
+    dequantized by us, matrix by matrix, into transformers' model.
 
     Args:
         dtype: of the dequantized weights.
@@ -65,6 +67,10 @@ def load_artifact_in_transformers(
         UsageError: transformers or compressed-tensors is not installed.
         InputError: it did not load completely, or a matrix came out wrong.
     """
+    checkpoint = open_model(str(folder))
+    if _mixes_schemes(checkpoint):
+        _require("transformers")
+        return _load_matrix_by_matrix(checkpoint, dtype)
     _require("transformers", "compressed_tensors")
     from transformers import CompressedTensorsConfig
     from transformers.conversion_mapping import (
@@ -72,7 +78,6 @@ def load_artifact_in_transformers(
         register_checkpoint_conversion_mapping,
     )
 
-    checkpoint = open_model(str(folder))
     mapping = get_checkpoint_conversion_mapping("qwen2_moe")
     assert mapping is not None
     register_checkpoint_conversion_mapping("zaya", mapping, overwrite=True)
@@ -86,6 +91,45 @@ def load_artifact_in_transformers(
             parameter.data = parameter.data.to(dtype)
     _check_matrices(checkpoint, dict(model.named_parameters()))
     return model
+
+
+def _mixes_schemes(checkpoint: Checkpoint) -> bool:
+    """Whether experts, or attention matrices, are not all quantized alike."""
+    specs: dict[str, set[Any]] = {"expert": set(), "attention": set()}
+    for key, info in checkpoint.infos.items():
+        role = PART_BY_NAME[key.part].role
+        if role in specs:
+            specs[role].add(info.spec and (info.spec.bits, info.spec.group_size))
+    return any(len(found) > 1 for found in specs.values())
+
+
+def _load_matrix_by_matrix(checkpoint: Checkpoint, dtype: torch.dtype) -> ZayaForCausalLM:
+    """transformers' model with every tensor as we read it.
+
+    Raises:
+        InputError: transformers' model has a tensor that the checkpoint does not fill.
+    """
+    from transformers import ZayaConfig, ZayaForCausalLM
+
+    config = checkpoint.config
+    described = ZayaConfig.from_dict(config.to_transformers())
+    model = ZayaForCausalLM(described)
+    model.to(dtype=dtype)  # type: ignore[call-arg]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    left = {name for name in tensors if not name.endswith("inv_freq")}
+    with torch.no_grad():
+        for key in checkpoint.infos:
+            place = stored("hybrid", key, config.dims, config.layers)
+            left.discard(place.name)
+            target = tensors[place.name]
+            target = target if place.expert is None else target[place.expert]
+            target = target[slice(*place.rows)] if place.rows else target
+            target.copy_(checkpoint.read_float(key))
+            if key.part == _BIASES:  # kept in fp32 whatever the dtype of the rest
+                target.data = checkpoint.read_float(key, torch.float32)
+    if left:
+        raise InputError([f"{name} is not filled" for name in sorted(left)], checkpoint.path.name)
+    return model.eval()
 
 
 def _load(checkpoint: Checkpoint, **options: Any) -> ZayaForCausalLM:

@@ -99,6 +99,7 @@ class Plan:
             "shard_bytes": self.shard_bytes,
             "origin": self.origin,
             "stats": self.stats.digest if self.stats else None,
+            "equalized": bool(self.source.scaling),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -165,5 +166,6 @@ def _step(
             problems.extend(f"{info.key}: {problem}" for problem in found)
             return Step(info.key, spec, method, {}, copy=False)
     regions = target.regions(info, spec, source.config)
-    copy = spec is None and all(r.array.dtype == info.dtype for r in regions.values())
+    same = all(region.array.dtype == info.dtype for region in regions.values())
+    copy = spec is None and same and info.key not in source.scaling
     return Step(info.key, spec, method, regions, copy)

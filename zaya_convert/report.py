@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -57,12 +58,27 @@ def figures(report: Report) -> list[tuple[str, str]]:
     if worst:
         mean = sum(row.sqnr_db for row in changed) / len(changed)
         rows.append(("SQNR (dB)", f"mean {mean:.1f}, worst {worst.sqnr_db:.1f} at {worst.name}"))
+    if report.calibration:
+        rows.append(("calibration", _calibration_line(report.calibration)))
+    if report.allocation:
+        rows.append(("bits chosen for", str(report.allocation.get("target"))))
     if report.reference_digest_matches is not None:
         rows.append(
             ("reference", "the model it was made from" if report.reference_digest_matches
              else "NOT the model this artifact was made from")
         )  # fmt: skip
     return rows
+
+
+def _calibration_line(facts: Mapping[str, Any]) -> str:
+    """What an artifact says of its calibration, in one line."""
+    counts = [count for row in facts["counts"] for count in row[:-1]]
+    below, fallback = len(facts["below_minimum"]), len(facts["fallback"])
+    return (
+        f"{facts['tokens']:,} tokens of {facts['data']}; least-served expert {min(counts):,}, "
+        f"{below} below {facts['min_tokens']:,}"
+        + (f"; {fallback} matrices rounded without calibration" if fallback else "")
+    )
 
 
 def check_line(check: Check) -> str:
@@ -134,6 +150,7 @@ def to_html(report: Report) -> str:
         checks=[(check.passed, check_line(check)) for check in report.checks],
         columns=columns,
         rows=[(layer, [_cell(experts.get((layer, e))) for e in columns]) for layer in layers],
+        coverage=report.calibration["counts"] if report.calibration else [],
     )
 
 
@@ -167,6 +184,16 @@ table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .2em .6em; 
 {% for layer, cells in rows %}<tr><th>{{ layer }}
 {% for text, color in cells %}<td style="background: {{ color }}">{{ text }}{% endfor %}
 {% endfor %}</table>
-<p>Data digest {{ report.data_digest }}</p>
+{% if coverage %}<h2>Calibration tokens of each expert</h2>
+<table class="grid"><tr><th>layer{% for _ in coverage[0][1:] %}<th>{{ loop.index0 }}{% endfor %}
+<th>skip
+{% for counts in coverage %}<tr><th>{{ loop.index0 }}
+{% for count in counts %}<td>{{ count }}{% endfor %}
+{% endfor %}</table>
+{% endif %}{% if report.allocation %}<h2>Bits chosen</h2>
+<table>{% for part, counts in report.allocation.chosen.items() %}<tr><th>{{ part }}<td>
+{% for label, count in counts.items() %}{{ count }} × {{ label }}<br>{% endfor %}{% endfor %}
+</table>
+{% endif %}<p>Data digest {{ report.data_digest }}</p>
 </html>
 """

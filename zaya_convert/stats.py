@@ -145,7 +145,13 @@ class Stats:
             "facts": json.dumps(self.facts, sort_keys=True, ensure_ascii=False),
         }
         ordered = {name: self.arrays[name].contiguous() for name in sorted(self.arrays)}
-        return save(ordered, metadata)
+        data = save(ordered, metadata)
+        # The library writes metadata in random order.
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = {**json.loads(data[8:end]), "__metadata__": metadata}
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        raw += b" " * (-len(raw) % 8)
+        return len(raw).to_bytes(8, "little") + raw + data[end:]
 
 
 def read(path: Path) -> Stats:

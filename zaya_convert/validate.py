@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zaya_convert.checkpoint import Checkpoint, SourceDigest
 from zaya_convert.data import Sequences
+from zaya_convert.equalize import with_scaling
 from zaya_convert.errors import InputError
 from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_convert.runtime.model import Evaluation, Model
@@ -68,6 +70,7 @@ class Report:
     ``router_agreement_by_layer`` is the share of tokens sent to the same class, skip included.
     ``skip_rate`` is the candidate's share of routing decisions that chose the skip expert.
     ``reference_digest_matches`` is None when the candidate does not say what it was made from.
+    ``calibration`` and ``allocation`` are what the candidate's manifest says of them.
     """
 
     tokens: int
@@ -90,6 +93,8 @@ class Report:
     packing: str
     reference_digest_matches: bool | None
     tensors: list[TensorError]
+    calibration: dict[str, Any] | None = None
+    allocation: dict[str, Any] | None = None
     checks: list[Check] = field(default_factory=list)
 
     @property
@@ -152,9 +157,26 @@ def validate(
         packing=candidate.format,
         reference_digest_matches=matches,
         tensors=tensors,
+        calibration=_stated(candidate, "calibration", _CALIBRATION),
+        allocation=_stated(candidate, "allocation", _ALLOCATION),
     )
     report.checks.extend(_checks(report, bounds or Bounds()))
     return report
+
+
+_CALIBRATION = {"tokens": int, "data": str, "min_tokens": int, "counts": list,
+                "below_minimum": list, "fallback": dict}  # fmt: skip
+_ALLOCATION = {"target": str, "chosen": dict}
+
+
+def _stated(candidate: Checkpoint, name: str, fields: Mapping[str, type]) -> dict[str, Any] | None:
+    """A part of the candidate's manifest, if it is there and looks as we write it."""
+    facts = candidate.manifest.get(name)
+    if not isinstance(facts, dict):
+        return None
+    whole = all(isinstance(facts.get(key), kind) for key, kind in fields.items())
+    tables = facts.get("counts") or facts.get("chosen")
+    return facts if whole and tables and all(tables) else None
 
 
 def _check_comparable(reference: Checkpoint, candidate: Checkpoint) -> None:
@@ -210,11 +232,12 @@ def _compare_weights(
     """SQNR of every matrix a recipe may quantize, and whether the reference is the real source."""
     claimed = candidate.manifest.get("source", {}).get("digest")
     digest = SourceDigest()
+    scaled = with_scaling(reference, candidate.path)
     errors: list[TensorError] = []
     for done, (key, info) in enumerate(reference.infos.items(), 1):
         matrix = PART_BY_NAME[key.part].role in ("expert", "attention")
         if matrix:
-            errors.append(_tensor_error(reference, candidate, key))
+            errors.append(_tensor_error(scaled, candidate, key))
         if claimed and info.spec is None:
             own = hashlib.sha256()
             for chunk in reference.chunks(key):

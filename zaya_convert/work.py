@@ -44,9 +44,11 @@ class Worker:
         """
         if step.copy:
             return self._copy(step)
-        value = self.plan.source.read(step.key)
+        value = self.plan.source.read_stored(step.key)
         digest = sha256(value) if isinstance(value, torch.Tensor) else ""
         info = self.plan.source.infos[step.key]
+        if step.key in self.plan.source.scaling:
+            value = self.plan.source.scaling[step.key].of(value)
         if step.spec is None:
             assert isinstance(value, torch.Tensor)
             check_finite(value.flatten(), info)
@@ -62,7 +64,7 @@ class Worker:
         Raises:
             InputError: values that are not finite.
         """
-        value = self.plan.source.read(step.key)
+        value = self.plan.source.read_stored(step.key)
         assert isinstance(value, torch.Tensor)
         check_finite(value.flatten(), self.plan.source.infos[step.key])
         return sha256(value)
@@ -112,7 +114,11 @@ class Worker:
         stats = self.plan.stats
         if stats is None or not METHODS[step.method].needs:
             return None
-        return stats.of(step.key.layer, step.key.part, step.key.expert)
+        known = stats.of(step.key.layer, step.key.part, step.key.expert)
+        scaling = self.plan.source.scaling.get(step.key)
+        if known is None or scaling is None:
+            return known
+        return replace(known, second_moment=scaling.of_moments(known.second_moment))
 
     def _uncovered(self, step: Step) -> bool:
         method_row = METHODS[step.method]

@@ -18,6 +18,14 @@ SCALES = tuple(SCALE_DTYPES)
 needs_native = pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @st.composite
 def specs(draw, symmetric=None, scale_dtype=None):
     return QuantSpec(

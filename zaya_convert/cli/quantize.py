@@ -66,6 +66,11 @@ if TYPE_CHECKING:
     help="Choose bits for each matrix so that all weights take this many bytes.",
 )
 @click.option(
+    "--equalize",
+    is_flag=True,
+    help="Exact equivalent scaling of channels before rounding, where it lowers the error.",
+)
+@click.option(
     "--save-recipe",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
@@ -84,6 +89,7 @@ def command(
     stats: Path | None,
     target_bpw: float | None,
     target_size: int | None,
+    equalize: bool,
     save_recipe: Path | None,
     out: Output,
     **options: Any,
@@ -113,6 +119,14 @@ def command(
         plan = replace(plan, allocation={"target": target.text, **allocation})
     if save_recipe is not None:
         save_recipe.write_text(recipes.to_toml(chosen), encoding="utf-8")
+    if equalize and not writing.dry_run:
+        from zaya_convert.equalize import equalized
+
+        source = equalized(source, chosen, job.stats(False))
+        plan = replace(
+            make_plan(source, chosen, writing.packing, writing.shard_size, origin),
+            allocation=plan.allocation,
+        )
     if plan.needs_stats and not writing.dry_run:
         plan = replace(plan, stats=job.stats(False), max_memory=calibration.max_memory)
     carry_out(plan, output, model, writing, out)

@@ -1,0 +1,154 @@
+"""Quality of every method and recipe on one checkpoint, side by side in one run.
+
+    python benchmarks/quality.py MODEL --data CALIB --valid VALID --json FILE
+    python benchmarks/quality.py       # the bundled checkpoint, its calibration and held-out text
+
+Calibrates once, quantizes with `zaya-convert quantize` in a fresh process each, all of them on that
+calibration, and judges in float32 (see ``judge.py``). Beside them stand the noise floor (the
+unquantized model run in bf16), plain absmax rounding on the same grids, which no command offers,
+and bits chosen for each matrix at the size of int4. Flags of `calibrate` may follow after `--`:
+
+    python benchmarks/quality.py MODEL -- --tokens 32768 --max-tokens 32768
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from judge import Cost, Judge, Row, RunError, cli, report
+
+from zaya_convert import recipe as recipes
+from zaya_convert.checkpoint import Checkpoint
+from zaya_convert.layout import TensorKey
+from zaya_convert.models import BUNDLED, open_model
+from zaya_convert.recipe import Recipe
+from zaya_quant.affine import absmax_scales, needs_wider_scales, round_with_scales
+from zaya_quant.methods import METHODS
+from zaya_quant.qtensor import SCALE_DTYPES, QuantTensor
+
+# What is quantized, and the flags of `quantize` that say so.
+SHAPES = {
+    "int4 g32, int8 attention": ("int4", 32),
+    "int4 g128, int8 attention": ("mixed", None),
+    "int4 g32": ("int4-small", 32),
+    "int4 g128": ("int4-small", 128),
+}
+MIXED = ("int4 g32, int8 attention", "int4 g128, int8 attention")  # at the size of these
+
+
+@dataclass(frozen=True)
+class Absmax(Checkpoint):
+    """A float checkpoint whose matrices are rounded to the nearest on scales absmax / qmax."""
+
+    recipe: Recipe | None = None
+
+    def read(self, key: TensorKey) -> torch.Tensor | QuantTensor:
+        """Read one tensor; a rounded one where the recipe says so."""
+        value = super().read(key)
+        rule = self.recipe.rule_for(key) if self.recipe else None
+        if rule is None or isinstance(value, QuantTensor):
+            return value
+        dtype = "bfloat16" if needs_wider_scales(value, rule.spec) else rule.scale_dtype
+        scales = absmax_scales(value, rule.spec).to(SCALE_DTYPES[dtype])
+        codes = round_with_scales(value, scales, None, rule.spec)
+        return QuantTensor(codes, scales.to(SCALE_DTYPES[rule.scale_dtype]), None, rule.spec)
+
+
+class Run:
+    """One checkpoint, its statistics and its judge."""
+
+    def __init__(self, model: str, judge: Judge, folder: Path, only: str) -> None:
+        self.model, self.judge, self.folder, self.only = model, judge, folder, only
+        self.stats = folder / "stats.safetensors"
+        self.rows: list[Row] = []
+
+    def calibrate(self, data: str | None, extra: list[str]) -> str:
+        """Make the statistics; a sentence on them."""
+        source = ["--data", data] if data else []
+        words = ["calibrate", self.model, *source, "--sensitivity", "-o", self.stats, "--overwrite"]
+        found, cost = cli(*words, *extra)
+        return (
+            f"calibrated once with sensitivity on {found['tokens']:,} tokens in "
+            f"{cost.seconds:.1f} s ({cost.cpu_seconds:.1f} s of CPU), {cost.peak_bytes / 1e6:.0f} MB"
+        )
+
+    def quantize(self, name: str, *flags: object) -> None:
+        """One row: quantize in a fresh process, then judge what was written."""
+        if not re.search(self.only, name):
+            return
+        out = self.folder / "artifact"
+        words = ["quantize", self.model, "--stats", self.stats, "-o", out, "--overwrite"]
+        try:
+            _, cost = cli(*words, *flags)
+            self.add(self.judge.row(name, open_model(str(out)), cost))
+        except RunError as error:
+            self.add(Row(name, error=str(error)))
+
+    def absmax(self, name: str, recipe: Recipe, size: int) -> None:
+        """One row: plain rounding, in memory."""
+        if re.search(self.only, name):
+            known = {f.name: getattr(self.judge.reference, f.name) for f in fields(Checkpoint)}
+            candidate = Absmax(**known, recipe=recipe)
+            self.add(self.judge.row(name, candidate, Cost(), size))
+
+    def size(self, *flags: object) -> int:
+        """Bytes that a plan takes."""
+        return cli("quantize", self.model, *flags, "--dry-run")[0]["bytes"]
+
+    def add(self, row: Row) -> None:
+        """Keep a row and tell of it."""
+        self.rows.append(row)
+        found = row.scores.kl_mean if row.scores else row.error
+        print(f"{row.name}: {found}", file=sys.stderr, flush=True)
+
+
+def shape_flags(shape: str) -> list[object]:
+    """The flags of `quantize` for one of SHAPES."""
+    name, group = SHAPES[shape]
+    return ["--recipe", name, *(["--group-size", group] if group else [])]
+
+
+def measure(run: Run) -> None:
+    """All rows, in the order of the table."""
+    run.add(run.judge.floor())
+    run.quantize("int8, rtn", "--recipe", "int8")
+    sizes = {shape: run.size(*shape_flags(shape)) for shape in SHAPES}
+    for shape, (name, group) in SHAPES.items():
+        recipe = recipes.adjusted(recipes.load(name), group_size=group)
+        run.absmax(f"{shape}, absmax", recipe, sizes[shape])
+        for method in METHODS:
+            run.quantize(f"{shape}, {method}", *shape_flags(shape), "--method", method)
+    for shape in MIXED:
+        bits = 8 * sizes[shape] / run.judge.reference.weights
+        target = f"{bits:.6f}"
+        run.quantize(f"mixed at {bits:.3f} bits", "--recipe", "mixed", "--target-bpw", target)
+
+
+def main() -> None:
+    """Parse the command line, run, print one table."""
+    parser = argparse.ArgumentParser(description="Quality of our methods and recipes.")
+    parser.add_argument("model", nargs="?", default=str(BUNDLED), help="default: zaya1-tiny")
+    parser.add_argument("--data", help="calibration text (default: as `calibrate`)")
+    parser.add_argument("--valid", help="text to judge on (default: as `validate`)")
+    parser.add_argument("--tokens", type=int, default=16384, help="to judge on")
+    parser.add_argument("--only", default="", metavar="REGEX", help="rows to run, by name")
+    parser.add_argument("--out", type=Path, help="where a temporary folder is made")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    parser.add_argument("extra", nargs="*", help="further flags of calibrate, after --")
+    options = parser.parse_args()
+    judge = Judge(open_model(options.model), options.valid, options.tokens)
+    with tempfile.TemporaryDirectory(dir=options.out) as folder:
+        run = Run(options.model, judge, Path(folder), options.only)
+        note = run.calibrate(options.data, options.extra)
+        measure(run)
+    report(judge, run.rows, [note], options.json)
+
+
+if __name__ == "__main__":
+    main()
