@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from zaya_convert.data import load_sequences
 from zaya_convert.runtime.model import Model
 from zaya_quant.metrics import kl_divergence, perplexity_from_nll
 
+LAUNCHER = Path(__file__).parent / "launch.py"
 _ROWS = 256  # rows of logits held at once
 
 
@@ -61,26 +61,25 @@ def measured(
     Raises:
         RunError: it failed; the message ends with the last it said.
     """
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as said:
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            [str(word) for word in command],
+    with (
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as said,
+        tempfile.NamedTemporaryFile("r") as cost,
+    ):
+        done = subprocess.run(
+            [sys.executable, "-S", str(LAUNCHER), cost.name, *map(str, command)],
             stdin=subprocess.DEVNULL, stdout=said if log else out, stderr=said,
             env={**os.environ, **(env or {})},
         )  # fmt: skip
-        _, status, used = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         said.seek(0)
         text = said.read()
         if log:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text(text)
-        if process.returncode:
-            raise RunError(f"exit {process.returncode}: {' '.join(text.split())[-300:]}")
-        unit = 1 if sys.platform == "darwin" else 1024
-        return out.read(), Cost(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss * unit)
+        if done.returncode:
+            raise RunError(f"exit {done.returncode}: {' '.join(text.split())[-300:]}")
+        return out.read(), Cost(*json.load(cost))
 
 
 def cli(*words: object) -> tuple[dict[str, Any], Cost]:

@@ -6,9 +6,8 @@
 Calibrates once, quantizes with `zaya-convert quantize` in a fresh process each, all of them on that
 calibration, and judges in float32 (see ``judge.py``). Beside them stand the noise floor (the
 unquantized model run in bf16), plain absmax rounding on the same grids, which no command offers,
-and bits chosen for each matrix at the size of int4. Flags of `calibrate` may follow after `--`:
-
-    python benchmarks/quality.py MODEL -- --tokens 32768 --max-tokens 32768
+and bits chosen for each matrix at the size of int4. On shared cores, set OMP_NUM_THREADS=1 and
+OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait cost several times the time.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import argparse
 import re
 import sys
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -54,10 +53,11 @@ class Absmax(Checkpoint):
         rule = self.recipe.rule_for(key) if self.recipe else None
         if rule is None or isinstance(value, QuantTensor):
             return value
-        dtype = "bfloat16" if needs_wider_scales(value, rule.spec) else rule.scale_dtype
-        scales = absmax_scales(value, rule.spec).to(SCALE_DTYPES[dtype])
-        codes = round_with_scales(value, scales, None, rule.spec)
-        return QuantTensor(codes, scales.to(SCALE_DTYPES[rule.scale_dtype]), None, rule.spec)
+        spec = rule.spec
+        if needs_wider_scales(value, spec):
+            spec = replace(spec, scale_dtype="bfloat16")
+        scales = absmax_scales(value, spec).to(SCALE_DTYPES[spec.scale_dtype])
+        return QuantTensor(round_with_scales(value, scales, None, spec), scales, None, spec)
 
 
 class Run:
@@ -68,14 +68,15 @@ class Run:
         self.stats = folder / "stats.safetensors"
         self.rows: list[Row] = []
 
-    def calibrate(self, data: str | None, extra: list[str]) -> str:
+    def calibrate(self, data: str | None, tokens: int | None) -> str:
         """Make the statistics; a sentence on them."""
-        source = ["--data", data] if data else []
-        words = ["calibrate", self.model, *source, "--sensitivity", "-o", self.stats, "--overwrite"]
-        found, cost = cli(*words, *extra)
+        flags = ["--data", data] if data else []
+        flags += ["--tokens", str(tokens), "--max-tokens", str(tokens)] if tokens else []
+        found, cost = cli("calibrate", self.model, *flags, "--sensitivity", "-o", self.stats)
         return (
-            f"calibrated once with sensitivity on {found['tokens']:,} tokens in "
-            f"{cost.seconds:.1f} s ({cost.cpu_seconds:.1f} s of CPU), {cost.peak_bytes / 1e6:.0f} MB"
+            f"calibrated once, with sensitivity, on {found['tokens']:,} tokens of "
+            f"{found['description']} in {cost.seconds:.1f} s ({cost.cpu_seconds:.1f} s of CPU), "
+            f"{cost.peak_bytes / 1e6:.0f} MB"
         )
 
     def quantize(self, name: str, *flags: object) -> None:
@@ -135,17 +136,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Quality of our methods and recipes.")
     parser.add_argument("model", nargs="?", default=str(BUNDLED), help="default: zaya1-tiny")
     parser.add_argument("--data", help="calibration text (default: as `calibrate`)")
+    parser.add_argument("--calibration-tokens", type=int, metavar="N", help="no more, no fewer")
     parser.add_argument("--valid", help="text to judge on (default: as `validate`)")
     parser.add_argument("--tokens", type=int, default=16384, help="to judge on")
     parser.add_argument("--only", default="", metavar="REGEX", help="rows to run, by name")
     parser.add_argument("--out", type=Path, help="where a temporary folder is made")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
-    parser.add_argument("extra", nargs="*", help="further flags of calibrate, after --")
     options = parser.parse_args()
     judge = Judge(open_model(options.model), options.valid, options.tokens)
     with tempfile.TemporaryDirectory(dir=options.out) as folder:
         run = Run(options.model, judge, Path(folder), options.only)
-        note = run.calibrate(options.data, options.extra)
+        note = run.calibrate(options.data, options.calibration_tokens)
         measure(run)
     report(judge, run.rows, [note], options.json)
 

@@ -36,6 +36,9 @@ GRIDS = (
 )  # fmt: skip
 
 
+_ROLES = ("expert", "attention")  # embeddings are not calibrated
+
+
 @dataclass(frozen=True)
 class Option:
     """One grid for one matrix: what it takes, and the KL it is predicted to cost."""
@@ -77,6 +80,7 @@ def allocate(
     stats: Stats,
     target: int,
     *,
+    ceiling: bool = False,
     threads: int | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, of: None,
 ) -> Allocation:
@@ -86,6 +90,7 @@ def allocate(
         recipe: says which matrices, and by which method; its own grids are not looked at.
         stats: with sensitivities.
         target: bytes of the artifact's weights.
+        ceiling: a target above the largest possible size is no mistake.
 
     Raises:
         UsageError: a target below the smallest or above the largest possible size.
@@ -97,17 +102,25 @@ def allocate(
     module = packing(packing_name)
     fixed = 0
     matrices: list[tuple[TensorInfo, Rule]] = []
+    kept: list[TensorKey] = []
     for info in checkpoint.infos.values():
         rule = recipe.rule_for(info.key)
-        if rule is None:
+        if rule is None or PART_BY_NAME[info.key.part].role not in _ROLES:
             regions = module.regions(info, None, checkpoint.config)
             fixed += sum(region.bytes for region in regions.values())
+            kept.append(info.key)
         else:
             matrices.append((info, rule))
 
     def options(entry: tuple[TensorInfo, Rule]) -> list[Option]:
         info = entry[0]
         specs = [spec for spec in GRIDS if not module.problems(info, spec)]
+        if not specs:
+            raise InputError(
+                f"none of the grids to choose from fits its {info.shape[1]} inputs; quantize "
+                "without --target-bpw and --target-size",
+                str(info.key),
+            )
         sizes = [
             sum(r.bytes for r in module.regions(info, spec, checkpoint.config).values())
             for spec in specs
@@ -120,10 +133,11 @@ def allocate(
         for done, choices in enumerate(pool.map(options, matrices), 1):
             found.append(choices)
             progress("measuring grids", done, len(matrices))
-    picked = _fill(found, target - fixed, fixed)
+    largest = fixed + sum(own[-1].bytes for own in found)
+    picked = _fill(found, (min(target, largest) if ceiling else target) - fixed, fixed)
     chosen = [(info, rule, option) for (info, rule), option in zip(matrices, picked, strict=True)]
     return Allocation(
-        replace(recipe, name=f"{recipe.name}-allocated", rules=_rules(chosen)),
+        replace(recipe, name=f"{recipe.name}-allocated", rules=_rules(chosen, kept)),
         fixed + sum(option.bytes for option in picked),
         sum(option.kl for option in picked),
         _histogram(chosen),
@@ -170,16 +184,10 @@ def _fill(options: list[list[Option]], budget: int, fixed: int) -> list[Option]:
     level = [0] * len(options)
     spent = sum(own[0].bytes for own in options)
     largest = sum(own[-1].bytes for own in options)
-    for size, word, limit in ((spent, "least", spent > budget), (largest, "most", False)):
-        if limit:
-            raise UsageError(
-                f"the target is {budget + fixed:,} bytes; the {word} this recipe can reach is "
-                f"{size + fixed:,}"
-            )
-    if budget > largest * 1.01 + fixed * 0.01:
+    if spent > budget or budget > largest * 1.01 + fixed * 0.01:
         raise UsageError(
-            f"the target is {budget + fixed:,} bytes; the most this recipe can use is "
-            f"{largest + fixed:,} (8 bits for everything it quantizes)"
+            f"the target is {budget + fixed:,} bytes; this recipe can reach {spent + fixed:,} to "
+            f"{largest + fixed:,}"
         )
     heap = [(-_gain(own[0], own[1]), i) for i, own in enumerate(options) if len(own) > 1]
     heapq.heapify(heap)
@@ -199,7 +207,7 @@ def _fill(options: list[list[Option]], budget: int, fixed: int) -> list[Option]:
 _Chosen = tuple[TensorInfo, Rule, Option]
 
 
-def _rules(chosen: Sequence[_Chosen]) -> tuple[Rule, ...]:
+def _rules(chosen: Sequence[_Chosen], kept: Sequence[TensorKey]) -> tuple[Rule, ...]:
     """Exceptions first, by name; then one rule a role with its most common choice."""
     common: dict[str, Rule] = {}
     for role in ("expert", "attention"):
@@ -213,6 +221,8 @@ def _rules(chosen: Sequence[_Chosen]) -> tuple[Rule, ...]:
         for info, rule, option in chosen
         if _rule(rule, option, "") != common[_role(info.key)]
     ]
+    # A role's rule must not reach what the recipe leaves as floats.
+    exceptions += [Rule(key.module, keep=True) for key in kept if _role(key) in common]
     names = {"expert": "experts", "attention": "attention"}
     return (*exceptions, *(replace(rule, match=names[role]) for role, rule in common.items()))
 

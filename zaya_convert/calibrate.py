@@ -41,6 +41,7 @@ from zaya_convert.runtime.walk import (
 )
 from zaya_convert.sensitivity import measure
 from zaya_convert.stats import Stats, identity
+from zaya_convert.work import check_finite
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 
@@ -193,7 +194,12 @@ class _Run:
             while walk.layer < layers:
                 layer = walk.layer
                 collector = _Collector(self.checkpoint)
-                walk.step(collector)
+                try:
+                    walk.step(collector)
+                except InputError:
+                    if problems := _bad_weights(self.checkpoint):
+                        raise InputError(problems) from None
+                    raise
                 if layer >= done:
                     found = collector.arrays(walk.routes[-1])
                     self._file(number, layer).write_bytes(save(found))
@@ -218,6 +224,17 @@ def _whole(path: Path) -> bool:
         return bool(load_file(path))
     except Exception:  # whatever is wrong with it, the layer is run again
         return False
+
+
+def _bad_weights(checkpoint: Checkpoint) -> list[str]:
+    """Weights that are not finite: the likeliest reason for activations that are not."""
+    problems: list[str] = []
+    for key, info in checkpoint.infos.items():
+        try:
+            check_finite(checkpoint.read_float(key).flatten(), info)
+        except InputError as error:
+            problems += error.problems
+    return problems
 
 
 class _Collector:

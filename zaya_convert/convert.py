@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from zaya_convert import __version__, card, equalize, manifest
+from zaya_convert import __version__, card, equalize, manifest, publish
 from zaya_convert.checkpoint import SourceDigest
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.export import packing
@@ -91,12 +91,11 @@ def execute(
     started = time.monotonic()
     stamp = plan.source.stamp()
     plan.source.check_tied_copy()
-    room = plan.bytes + (16 << 20)
     with (
         workspace(
             out,
             plan.fingerprint(),
-            room,
+            _room(plan),
             marker=manifest.NAME,
             resume=resume,
             overwrite=overwrite,
@@ -116,6 +115,21 @@ def execute(
         out, size, plan.bits_per_weight, time.monotonic() - started, digest, widened,
         len(place.done),
     )  # fmt: skip
+
+
+def check_ready(plan: Plan, out: Path, overwrite: bool) -> None:
+    """Refuse what ``execute`` would refuse at once, before calibration that takes long.
+
+    Raises:
+        OutputExistsError, OutputError, UsageError: see ``publish``.
+    """
+    _check_apart(plan, out)
+    publish.check_ready(out, _room(plan), marker=manifest.NAME, overwrite=overwrite)
+
+
+def _room(plan: Plan) -> int:
+    """Bytes that an output takes, side files included."""
+    return plan.bytes + (16 << 20)
 
 
 def _check_apart(plan: Plan, out: Path) -> None:

@@ -132,6 +132,25 @@ def workspace(
                 partial.rmdir()
 
 
+def check_ready(out: Path, needed_bytes: int, *, marker: str, overwrite: bool) -> None:
+    """What ``workspace`` would refuse, asked before long work that precedes it.
+
+    Raises:
+        OutputExistsError, OutputError: as ``workspace``.
+    """
+    out = out.absolute()
+    partial = out.parent / f".{out.name}.partial"
+    with io_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(exist_ok=True)
+    try:
+        _check_free(out, marker, overwrite)
+        _check_space(out.parent, needed_bytes, partial)
+    finally:
+        if not any(partial.iterdir()):
+            partial.rmdir()
+
+
 def _old(out: Path) -> Path:
     return out.parent / f".{out.name}.old"
 

@@ -194,14 +194,19 @@ def parse(raw: Mapping[str, Any], name: str, where: str) -> Recipe:
 
 def to_toml(recipe: Recipe) -> str:
     """A recipe as a file that ``load`` reads; chosen bits replace a budget."""
-    lines = [f"description = {json.dumps(recipe.description)}"]
+    lines = [f"description = {_toml(recipe.description)}"]
     defaults = Rule("")
     for rule in recipe.rules:
         lines.append("\n[[rules]]")
         for name, value in asdict(rule).items():
             if name in ("match", "bits") or value != getattr(defaults, name):
-                lines.append(f"{name} = {json.dumps(value)}")
+                lines.append(f"{name} = {_toml(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    """JSON, but that TOML knows no surrogate pairs and wants DEL escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def adjusted(
@@ -288,14 +293,19 @@ def _budget(entry: object) -> tuple[Budget | None, list[str]]:
     for name in fields:
         value = entry.get(name)
         try:
-            known: Any = parse_size(value) if isinstance(value, str) else value
+            known: Any = value
+            if isinstance(value, str) and name != "context":
+                known = parse_size(value)
         except ValueError as error:
             problems.append(f"budget: {name}: {error}")
             continue
         if type(known) is int and known >= 0:
             values[name] = known
         elif name in entry:
-            problems.append(f'budget: {name} = {value!r} must be a size like "6GB" or a number')
+            problems.append(
+                f"budget: {name} = {value!r} must be "
+                + ("a number of tokens" if name == "context" else 'a size like "6GB" or a number')
+            )
     return (None if problems else Budget(**values)), problems
 
 

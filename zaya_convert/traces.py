@@ -40,8 +40,8 @@ def self_generated(
     has_tokenizer = (checkpoint.path / "tokenizer.json").is_file()
     stop = Tokenizer.load(checkpoint.path).stop_ids if has_tokenizer else ()
     model = Model(checkpoint, resident=checkpoint.bytes <= _RESIDENT_BYTES, exact=False)
-    prompts = [ids[: min(_PROMPT, length // 2)] for ids in documents.ids if len(ids) > 1]
     limit = min(length, checkpoint.config.max_positions)
+    prompts = [ids[: min(_PROMPT, limit // 2)] for ids in documents.ids if len(ids) > 1]
     found: list[Tensor] = []
     made = start = 0
     while made < tokens:

@@ -11,6 +11,7 @@ import pytest
 
 from cli.running import Run, Zaya
 from nano import Nano
+from rounding import NEAREST
 from zaya_convert.cli.params import parse_size
 from zaya_convert.models import open_model
 
@@ -44,6 +45,21 @@ def test_json(zaya: Zaya, nano_hybrid: Path, tmp_path: Path) -> None:
     assert facts["peak_memory_bytes"] > 10_000_000
     manifest = json.loads((out / "zaya-convert.json").read_text())
     assert manifest["source"]["digest"] == facts["source_digest"]
+
+
+def test_the_default_recipe_calibrates(
+    zaya: Zaya, nano_hybrid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in NEAREST:
+        monkeypatch.delenv(name)
+    out = tmp_path / "out"
+    done = zaya("quantize", nano_hybrid, "--tokens", 64, "--max-tokens", 64, "-o", out)
+    assert done.code == 0
+    assert "calibrated on 64 tokens of random token ids" in done.err
+    manifest = json.loads((out / "zaya-convert.json").read_text())
+    assert manifest["calibration"]["tokens"] == 64
+    assert {rule["method"] for rule in manifest["recipe"]["rules"]} == {"gptaq"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_dry_run_plans_exactly_and_writes_nothing(

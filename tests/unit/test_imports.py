@@ -46,7 +46,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "zaya_convert.convert": (*_INDEX, "torch", "zaya_convert", "zaya_convert.plan",
                              "zaya_convert.card", "zaya_convert.manifest", "zaya_convert.publish",
                              "zaya_convert.export", "zaya_convert.work", "zaya_convert.prefix",
-                             "zaya_convert.runtime.walk", "zaya_quant.methods"),
+                             "zaya_convert.equalize", "zaya_convert.runtime.walk",
+                             "zaya_quant.methods"),
     # formats: none knows another, except the parts two of them share
     "zaya_convert.export": (*_INDEX,),
     "zaya_convert.export.arrays": ("zaya_convert.headers",),
@@ -67,7 +68,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "zaya_convert.data": (*_INDEX, "torch", "zaya_convert.hub", "zaya_convert.models",
                           "zaya_convert.runtime"),
     "zaya_convert.validate": (*_INDEX, "torch", "zaya_convert.data", "zaya_convert.runtime",
-                              "zaya_quant"),
+                              "zaya_convert.equalize", "zaya_quant"),
     "zaya_convert.report": ("rich (lazy)", "jinja2 (lazy)"),
     "zaya_convert.rsa": ("zaya_convert.errors", "zaya_convert.runtime", "zaya_convert.config"),
     "zaya_convert.oracle": (*_INDEX, "zaya_convert", "torch", "transformers",
@@ -79,10 +80,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "zaya_convert.sensitivity": (*_INDEX, "torch", "zaya_convert.runtime",
                                  "zaya_kernels.reference"),
     "zaya_convert.traces": (*_INDEX, "torch", "zaya_convert.data", "zaya_convert.runtime"),
-    "zaya_convert.calibrate": (*_INDEX, "torch", "safetensors", "zaya_convert",
+    "zaya_convert.calibrate": (*_INDEX, "zaya_convert.work", "torch", "safetensors", "zaya_convert",
                                "zaya_convert.data", "zaya_convert.publish",
                                "zaya_convert.runtime.walk", "zaya_convert.sensitivity",
                                "zaya_convert.stats"),
+    "zaya_convert.equalize": (*_INDEX, *_NUMERICS, "zaya_convert.recipe", "zaya_convert.stats",
+                              "zaya_convert.runtime.walk", "zaya_quant"),
     "zaya_convert.allocate": (*_INDEX, "torch", "zaya_convert.export", "zaya_convert.recipe",
                               "zaya_convert.runtime.walk", "zaya_convert.stats", "zaya_quant"),
     # what a person sees; nothing imports it
@@ -95,6 +98,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
                          "zaya_convert.convert (lazy)", "zaya_convert.data (lazy)",
                          "zaya_convert.calibrate (lazy)", "zaya_convert.stats (lazy)",
                          "zaya_convert.traces (lazy)", "zaya_convert.allocate (lazy)",
+                         "zaya_convert.equalize (lazy)",
                          "zaya_convert.validate (lazy)", "zaya_convert.report (lazy)",
                          "zaya_convert.runtime (lazy)", "rich (lazy)", "torch (lazy)"),
     "zaya_convert.__main__": ("zaya_convert.cli",),
@@ -173,7 +177,9 @@ def test_every_row_speaks_of_a_module() -> None:
 
 def test_no_module_imports_itself_by_a_detour() -> None:
     graph = {
-        module: {name for name, lazy, types in imports_of(path) if name in MODULES and not lazy | types}
+        module: {
+            name for name, lazy, types in imports_of(path) if name in MODULES and not lazy | types
+        }
         for module, path in MODULES.items()
     }
     while leaves := {module for module, names in graph.items() if not names}:

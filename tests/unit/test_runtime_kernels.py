@@ -11,7 +11,7 @@ from nano import Nano
 from zaya_convert.checkpoint import open_source
 from zaya_convert.errors import UsageError
 from zaya_convert.runtime.model import Model
-from zaya_kernels import reference, table
+from zaya_kernels import onednn, reference, table
 from zaya_kernels.reference import Expert
 from zaya_quant.qtensor import QuantTensor
 from zaya_quant.spec import QuantSpec
@@ -105,7 +105,7 @@ def test_the_first_row_that_can_run_wins(monkeypatch: pytest.MonkeyPatch) -> Non
         return "cannot be observed" if request.observed else None
 
     fast = table.Row("fast", no_observers, reference.linear)
-    monkeypatch.setattr(table, "OPS", {"linear": (fast, *table.OPS["linear"])})
+    monkeypatch.setattr(table, "OPS", {"linear": (fast, table.OPS["linear"][-1])})
     assert table.choose("linear", table.Request()).name == "fast"
     assert table.choose("linear", table.Request(observed=True)).name == "reference"
     assert list(table.explain(table.Request(observed=True))) == [
@@ -118,6 +118,53 @@ def test_the_first_row_that_can_run_wins(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv(table.ENVIRONMENT, "fast")
     with pytest.raises(ValueError, match="cannot run linear"):
         table.choose("linear", table.Request(observed=True))
+
+
+ONEDNN_CANNOT = {
+    "for fp32 on the CPU only": [
+        table.Request(torch.bfloat16),
+        table.Request(torch.float64),
+        table.Request(device="cuda"),
+    ],
+    "sums in fp32, float weights only": [
+        table.Request(exact=True),
+        table.Request(spec=QuantSpec(4, 32)),
+    ],
+}
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_onednn_runs_for_inexact_fp32_and_float_weights(
+    available: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: available)
+    for reason, requests in ONEDNN_CANNOT.items():
+        for request in requests:
+            assert onednn.can_run(request) == reason
+            assert table.choose("linear", request).name == "reference"
+    if not available:
+        assert onednn.can_run(table.Request()) == "this build of PyTorch has no oneDNN"
+        assert table.choose("linear", table.Request()).name == "reference"
+    elif hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        assert table.choose("linear", table.Request()).name == "onednn"
+
+
+def test_onednn_takes_any_shape_and_strides() -> None:
+    if reason := onednn.can_run(table.Request()):
+        pytest.skip(reason)
+    draw = torch.Generator().manual_seed(0)
+    base = torch.randn(6, 96, generator=draw)
+    weight = torch.randn(66, 96, generator=draw)
+    bias = torch.randn(33, generator=draw)
+    inputs = (base[0, :48], base[:, :48], base[:, ::2], base[:, :48].expand(2, 6, 48),
+              base.reshape(3, 48, 4).transpose(1, 2), base[:0, :48])  # fmt: skip
+    for x in inputs:
+        for rows in (weight[:33, :48], weight[::2, 48:], weight[:48, :33].t()):
+            for own in (None, bias):
+                wanted = reference.linear(x, rows, own)
+                found = onednn.linear(x, rows, own)
+                assert found.shape == wanted.shape
+                torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_an_unknown_kernel_is_a_usage_error(nano: Nano, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,7 @@ def _show(plan: Plan, output: Path, out: Output) -> None:
         "weights": plan.weights,
         "groups": groups,
         "free_bytes": free,
+        "allocation": plan.allocation,
     }
     out.result(facts, text)
     if free < plan.bytes:

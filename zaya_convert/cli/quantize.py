@@ -16,7 +16,7 @@ from zaya_convert.cli.conversion import Writing, carry_out, default_output, open
 from zaya_convert.cli.output import Output, output_options
 from zaya_convert.cli.params import MODEL, Size, writing_options
 from zaya_convert.cli.progress import stages_bar
-from zaya_convert.errors import OutputExistsError, UsageError
+from zaya_convert.errors import InputError, UsageError
 from zaya_quant.methods import METHODS
 from zaya_quant.spec import QuantSpec
 
@@ -113,24 +113,33 @@ def command(
     output = writing.output or default_output(source, model, suffix)
     job = _Job(source, calibration, writing, output, stats, out)
     plan = make_plan(source, chosen, writing.packing, writing.shard_size, origin)
-    if target is not None:
-        chosen, allocation = job.allocate(chosen, target.bytes(source))
-        plan = make_plan(source, chosen, writing.packing, writing.shard_size, origin)
-        plan = replace(plan, allocation={"target": target.text, **allocation})
-    if save_recipe is not None:
-        save_recipe.write_text(recipes.to_toml(chosen), encoding="utf-8")
-    if equalize and not writing.dry_run:
-        from zaya_convert.equalize import equalized
+    if not writing.dry_run:
+        from zaya_convert.convert import check_ready
 
-        source = equalized(source, chosen, job.stats(False))
-        plan = replace(
-            make_plan(source, chosen, writing.packing, writing.shard_size, origin),
-            allocation=plan.allocation,
-        )
-    if plan.needs_stats and not writing.dry_run:
-        plan = replace(plan, stats=job.stats(False), max_memory=calibration.max_memory)
-    carry_out(plan, output, model, writing, out)
-    job.clean()
+        check_ready(plan, output, writing.overwrite)
+    with job:
+        if target is not None and job.may_calibrate:
+            chosen, allocation = job.allocate(chosen, target)
+            plan = make_plan(source, chosen, writing.packing, writing.shard_size, origin)
+            plan = replace(plan, allocation=allocation)
+        elif target is not None:
+            out.note(
+                f"bits will be chosen for {target.text}, which leaves {target.bytes(source):,} "
+                "bytes for weights; this is the recipe as it stands (--stats shows the choice)"
+            )
+        if save_recipe is not None:
+            save_recipe.write_text(recipes.to_toml(chosen), encoding="utf-8")
+        if equalize and not writing.dry_run:
+            from zaya_convert.equalize import equalized
+
+            source = equalized(source, chosen, job.stats(False))
+            plan = replace(
+                make_plan(source, chosen, writing.packing, writing.shard_size, origin),
+                allocation=plan.allocation,
+            )
+        if plan.needs_stats and not writing.dry_run:
+            plan = replace(plan, stats=job.stats(False), max_memory=calibration.max_memory)
+        carry_out(plan, output, model, writing, out)
 
 
 @dataclass(frozen=True)
@@ -139,6 +148,7 @@ class _Target:
 
     text: str
     bytes: Callable[[Checkpoint], int]
+    ceiling: bool = False  # less is fine too
 
 
 def _target(recipe: recipes.Recipe, bpw: float | None, size: int | None) -> _Target | None:
@@ -152,7 +162,7 @@ def _target(recipe: recipes.Recipe, bpw: float | None, size: int | None) -> _Tar
     budget = recipe.budget
     if budget is None:
         return None
-    return _Target(budget.text, lambda source: budget.weights(source.config))
+    return _Target(budget.text, lambda source: budget.weights(source.config), ceiling=True)
 
 
 @dataclass
@@ -173,6 +183,11 @@ class _Job:
         output = self.output.absolute()
         return output.with_name(f".{output.name}.calibration.safetensors")
 
+    @property
+    def may_calibrate(self) -> bool:
+        """A dry run only looks at statistics that are there already."""
+        return not self.writing.dry_run or (self.path is not None and self.path.is_file())
+
     def stats(self, sensitivity: bool) -> Stats:
         """Read the statistics, or calibrate."""
         if not self._found:
@@ -188,10 +203,6 @@ class _Job:
             found = files.read(path)
             found.check_fits(self.source)
         else:
-            if self.output.exists() and not self.writing.overwrite:
-                raise OutputExistsError(
-                    f"{self.output} exists; choose another -o, or pass --overwrite"
-                )
             found = calibration.run(
                 self.source, self.calibration, path, self.out, sensitivity=sensitivity,
                 threads=self.writing.threads, resume=self.writing.resume,
@@ -201,15 +212,15 @@ class _Job:
         return found
 
     def allocate(
-        self, recipe: recipes.Recipe, target: int
+        self, recipe: recipes.Recipe, target: _Target
     ) -> tuple[recipes.Recipe, dict[str, Any]]:
-        """Choose bits for a target in bytes."""
+        """Choose bits for a target."""
         from zaya_convert.allocate import allocate
 
-        stats = self.stats(True)
+        stats, size = self.stats(True), target.bytes(self.source)
         with stages_bar(self.out) as progress:
             found = allocate(
-                self.source, recipe, self.writing.packing, stats, target,
+                self.source, recipe, self.writing.packing, stats, size, ceiling=target.ceiling,
                 threads=self.writing.threads, progress=progress,
             )  # fmt: skip
         lines = [
@@ -217,11 +228,19 @@ class _Job:
             for part, counts in found.chosen.items()
         ]
         self.out.note("chosen bits:\n" + "\n".join(lines))
-        return found.recipe, found.to_dict()
+        facts = {"target": target.text, "target_bytes": size, **found.to_dict()}
+        if recipe.budget and target.ceiling:
+            states = recipe.budget.states(self.source.config)
+            facts |= {"states_bytes": states, "runtime_bytes": recipe.budget.runtime}
+        return found.recipe, facts
 
-    def clean(self) -> None:
-        """Remove statistics that nobody asked to keep."""
-        if not self.writing.dry_run or self._found:
+    def __enter__(self) -> _Job:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Remove statistics that nobody asked to keep, unless --resume could use them."""
+        resumable = kind is not None and not issubclass(kind, UsageError | InputError)
+        if not resumable:
             self._own.unlink(missing_ok=True)
 
 

@@ -18,6 +18,7 @@ What is kept from layer to layer is the residual stream, [tokens, d] in fp32, an
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -163,6 +164,7 @@ class Walk:
         self.layer = 0
         self.routes: list[Tensor] = []
         ids = torch.cat(list(sequences))
+        self._digest = _digest(ids, self.spans)
         lanes = 2 if reference else 1
         # x and mixed of each lane, and the state of its router
         config = self.config
@@ -213,7 +215,7 @@ class Walk:
             np.save(new / f"state{index}.npy", lane.state.numpy())
         routes = torch.stack(self.routes) if self.routes else torch.zeros(0, self.tokens)
         np.save(new / "routes.npy", routes.int().numpy())
-        (new / "walk.json").write_text(json.dumps({"layer": self.layer, "tokens": self.tokens}))
+        (new / "walk.json").write_text(json.dumps({"layer": self.layer, "sequences": self._digest}))
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
 
@@ -221,19 +223,23 @@ class Walk:
         """Continue from what ``save`` wrote; False when there is nothing that fits."""
         try:
             facts = json.loads((folder / "walk.json").read_text())
-            if facts["tokens"] != self.tokens:
-                return False
+            layer, fits = int(facts["layer"]), facts["sequences"] == self._digest
             arrays = [
                 (np.load(folder / f"x{i}.npy"), np.load(folder / f"state{i}.npy"))
                 for i in range(len(self._lanes))
             ]
-            self.routes = list(torch.from_numpy(np.load(folder / "routes.npy")))
-        except (OSError, ValueError, KeyError):
+            routes = np.load(folder / "routes.npy")
+        except (OSError, EOFError, ValueError, KeyError, TypeError):
+            return False
+        for lane, (x, state) in zip(self._lanes, arrays, strict=True):
+            fits &= (x.shape, state.shape) == (tuple(lane.x.shape), tuple(lane.state.shape))
+        if not fits or routes.shape != (layer, self.tokens):
             return False
         for lane, (x, state) in zip(self._lanes, arrays, strict=True):
             lane.x.copy_(torch.from_numpy(x))
             lane.state.copy_(torch.from_numpy(state))
-        self.layer = int(facts["layer"])
+        self.routes = list(torch.from_numpy(routes))
+        self.layer = layer
         return True
 
     # ---- the parts of a layer ---------------------------------------------------------------
@@ -455,6 +461,13 @@ def _spans(sequences: Sequence[Tensor]) -> list[slice]:
         spans.append(slice(start, start + len(sequence)))
         start += len(sequence)
     return spans
+
+
+def _digest(ids: Tensor, spans: Sequence[slice]) -> str:
+    """sha256 over sequences of token ids."""
+    total = hashlib.sha256(json.dumps([span.stop for span in spans]).encode())
+    total.update(ids.long().numpy().tobytes())
+    return total.hexdigest()
 
 
 def _cut(tokens: int) -> list[slice]:
