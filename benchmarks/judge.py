@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,10 @@ from zaya_convert.runtime.model import Model
 from zaya_quant.metrics import kl_divergence, perplexity_from_nll
 
 LAUNCHER = Path(__file__).parent / "launch.py"
+HEADER = (
+    "name", "bytes", "bits per weight", "KL mean ± error", "KL p99", "top-1", "router",
+    "perplexity", "s", "CPU s", "MB",
+)  # fmt: skip
 _ROWS = 256  # rows of logits held at once
 
 
@@ -184,31 +189,31 @@ def report(judge: Judge, rows: Sequence[Row], notes: Sequence[str], path: Path |
 
 def table(rows: Sequence[Row]) -> str:
     """Rows as Markdown."""
-    header = "name|bytes|bits per weight|KL mean ± error|KL p99|top-1|router|perplexity|s|CPU s|MB"
-    lines = [_line(header.split("|")), "| --- |" + " ---: |" * header.count("|")]
-    for row in rows:
-        if row.scores is None:
-            lines.append(f"| {row.name} | {row.error} |" + " |" * (header.count("|") - 1))
-            continue
-        scores, cost = row.scores, row.cost
-        took = [f"{cost.seconds:.1f}", f"{cost.cpu_seconds:.1f}", f"{cost.peak_bytes / 1e6:.0f}"]
-        lines.append(
-            _line(
-                [
-                    row.name,
-                    f"{row.bytes:,}",
-                    f"{row.bits_per_weight:.3f}",
-                    f"{scores.kl_mean:.3e} ± {scores.kl_error:.1e}",
-                    f"{scores.kl_p99:.2e}",
-                    f"{100 * scores.top1_agreement:.2f} %",
-                    f"{100 * scores.router_agreement:.2f} %",
-                    f"{scores.perplexity:.4f}",
-                    *(took if cost.seconds else ["", "", ""]),
-                ]
-            )
-        )
-    return "\n".join(lines)
+    rule = "| --- |" + " ---: |" * (len(HEADER) - 1)
+    return "\n".join([_cells(HEADER), rule, *map(line, rows)])
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(row: Row) -> str:
+    """One line of the table; also what is printed as soon as the row is known."""
+    if row.scores is None:
+        said = re.sub(r"\x1b\[[\d;]*m|[|\s]+", " ", row.error)
+        return _cells([row.name, said, *[""] * (len(HEADER) - 2)])
+    scores, cost = row.scores, row.cost
+    took = [f"{cost.seconds:.1f}", f"{cost.cpu_seconds:.1f}", f"{cost.peak_bytes / 1e6:.0f}"]
+    return _cells(
+        [
+            row.name,
+            f"{row.bytes:,}",
+            f"{row.bits_per_weight:.3f}",
+            f"{scores.kl_mean:.3e} ± {scores.kl_error:.1e}",
+            f"{scores.kl_p99:.2e}",
+            f"{100 * scores.top1_agreement:.2f} %",
+            f"{100 * scores.router_agreement:.2f} %",
+            f"{scores.perplexity:.4f}",
+            *(took if cost.seconds else ["", "", ""]),
+        ]
+    )
+
+
+def _cells(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"

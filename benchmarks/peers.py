@@ -14,10 +14,10 @@ Each peer runs in an environment of its own:
     python3 -m venv AR && AR/bin/pip install \\
         torch==2.13.0 transformers==5.24.0 auto-round==0.16.1
 
-and llama.cpp in a folder where the user built ``llama-quantize`` and ``llama-imatrix`` in ``build/``,
-from a fork that knows ZAYA, changed in two small ways by the user: its converter's table of models
-must name ``ZayaForCausalLM``, and its imatrix tool must take a file of token ids, one a word, when
-the environment variable IMATRIX_TOKEN_IDS is set.
+and llama.cpp in a folder where the user built ``llama-quantize`` and ``llama-imatrix`` in
+``build/``, from a fork that knows ZAYA, changed in two small ways by the user: its converter's
+table of models must name ``ZayaForCausalLM``, and its imatrix tool must take a file of token ids,
+one a word, when the environment variable IMATRIX_TOKEN_IDS is set.
 
 What to know of them:
 
@@ -26,10 +26,10 @@ What to know of them:
 * auto-round needs ``enable_torch_compile=False``, because its compiled backward pass fails on this
   model, and drops the router state between layers; "states" rows register it.
 * llama.cpp quantizes the router's MLP and the embedding too, which the others leave in bf16; the
-  "router f16" row keeps the router. llama-imatrix gets
-  token ids, because the converter takes byte-fallback tokenizers only; for a model with another
-  tokenizer it gets that of zaya1-tiny as a placeholder. llama-imatrix crashes with several
-  sequences in a batch. The converter runs in our environment, with the extras oracle and dev.
+  "router f16" row keeps the router. llama-imatrix gets token ids, because the converter takes
+  byte-fallback tokenizers only; for a model with another tokenizer it gets that of zaya1-tiny as a
+  placeholder. llama-imatrix crashes with several sequences in a batch. The converter runs in our
+  environment, with the extras oracle and dev.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from judge import Cost, Judge, Row, RunError, measured, report
+from judge import Cost, Judge, Row, RunError, line, measured, report
 
 from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.data import load_documents
@@ -211,8 +211,7 @@ def measure(peers: Peers, only: str) -> list[Row]:
             rows.append(job())
         except (RunError, InputError, ValueError) as error:
             rows.append(Row(name, error=str(error)))
-        found = rows[-1].scores.kl_mean if rows[-1].scores else rows[-1].error
-        print(f"{name}: {found}", file=sys.stderr, flush=True)
+        print(line(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 

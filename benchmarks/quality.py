@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from judge import Cost, Judge, Row, RunError, cli, report
+from judge import Cost, Judge, Row, RunError, cli, line, report
 
 from zaya_convert import recipe as recipes
 from zaya_convert.checkpoint import Checkpoint
@@ -105,8 +105,7 @@ class Run:
     def add(self, row: Row) -> None:
         """Keep a row and tell of it."""
         self.rows.append(row)
-        found = row.scores.kl_mean if row.scores else row.error
-        print(f"{row.name}: {found}", file=sys.stderr, flush=True)
+        print(line(row), file=sys.stderr, flush=True)
 
 
 def shape_flags(shape: str) -> list[object]:

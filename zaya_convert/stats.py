@@ -117,10 +117,17 @@ class Stats:
         Raises:
             InputError: shapes or the source differ.
         """
-        config = checkpoint.config
+        config, ids = checkpoint.config, self.arrays["tokens.ids"]
         expected = (config.layers, config.experts + 1)
-        own = self.facts.get("model")
-        if tuple(self.counts.shape) != expected or own != identity(checkpoint):
+        widths = dict(zip(SITES, (config.hidden, config.heads * config.head_dim), strict=False))
+        widths |= {"gate_up_proj": config.hidden, "down_proj": config.expert_width}
+        fits = tuple(self.counts.shape) == expected and all(
+            self.arrays[f"layers.{layer}.{site}.second_moment"].shape[-1] == width
+            for layer in range(config.layers)
+            for site, width in widths.items()
+        )
+        fits = fits and 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_rows
+        if not fits or self.facts.get("model") != identity(checkpoint):
             raise InputError(
                 "was made from another model (or another copy of it); calibrate this one",
                 "calibration",
@@ -199,6 +206,10 @@ def _check(stats: Stats) -> None:
     lengths, ids = stats.arrays["tokens.lengths"], stats.arrays["tokens.ids"]
     if int(lengths.sum()) != len(ids) or bool((lengths < 1).any()) or not stats.min_tokens >= 0:
         raise ValueError("lengths do not add up")
+    if bool((stats.counts < 0).any()):
+        raise ValueError("negative counts")
+    for name in ("description", "tokens_digest", "model", "rounds", "not_finite"):
+        _ = stats.facts[name]
     for layer in range(layers):
         for site in SITES:
             for kind in ("second_moment", "absmax"):
