@@ -59,7 +59,7 @@ def run(folder: Path, hidden: int, layers: int, experts: int, tokens: int) -> di
 
 def main() -> None:
     """Parse, run, print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=8192)

@@ -15,12 +15,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from zaya_convert import __version__, card, equalize, manifest, publish
 from zaya_convert.checkpoint import SourceDigest
@@ -31,7 +29,7 @@ from zaya_convert.layout import TensorKey
 from zaya_convert.plan import Plan, Step
 from zaya_convert.prefix import Prefix, on_prefix
 from zaya_convert.publish import Journal, Workspace, io_errors, workspace
-from zaya_convert.runtime.walk import Walk
+from zaya_convert.runtime.walk import Walk, one_thread_each
 from zaya_convert.work import Record, Worker
 from zaya_quant.methods import METHODS
 
@@ -149,7 +147,7 @@ def _run_steps(plan: Plan, place: Workspace, threads: int, progress: Progress) -
     try:
         _keep_freed_memory()
         run.resume(shards)
-        with _single_threaded_torch():
+        with one_thread_each():
             run.alone(threads)
         run.in_order(threads)
         # Here, because an interrupted run may have left them when all steps were finished.
@@ -292,17 +290,6 @@ def _bounded(
     finally:
         for future in running:
             future.cancel()
-
-
-@contextmanager
-def _single_threaded_torch() -> Iterator[None]:
-    """Parallelism is over tensors; torch's own threads would only fight with it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _keep_freed_memory() -> None:
