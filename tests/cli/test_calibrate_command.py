@@ -14,7 +14,7 @@ from zaya_convert.recipe import load
 
 pytest_plugins = ("cli.fixtures",)
 
-FEW = ("--tokens", 256, "--max-tokens", 256, "--calibration-length", 64, "--threads", 1)
+FEW = ("--tokens", 256, "--max-tokens", 256, "--sequence-length", 64, "--threads", 1)
 CONTRACT = (
     "output", "bytes", "digest", "seconds", "peak_memory_bytes", "description", "rounds",
     "not_finite", "tokens", "min_tokens", "skip_rate", "least", "below_minimum", "counts",

@@ -39,7 +39,7 @@ _OPTIONS = (
         help="Tokens every expert should get.",
     ),
     click.option(
-        "--calibration-length", type=click.IntRange(2), default=1024, show_default=True,
+        "--sequence-length", type=click.IntRange(2), default=1024, show_default=True,
         metavar="N", help="Longest calibration sequence, in tokens.",
     ),
     click.option(
@@ -72,7 +72,7 @@ class Calibration:
     tokens: int
     max_tokens: int
     min_tokens: int
-    calibration_length: int
+    sequence_length: int
     pack: bool
     traces: int
     seed: int
@@ -103,7 +103,7 @@ def run(
     from zaya_convert.traces import self_generated
 
     documents = load_documents(
-        source, options.data, length=options.calibration_length, pack=options.pack,
+        source, options.data, length=options.sequence_length, pack=options.pack,
         tokens=options.max_tokens, seed=options.seed,
     )  # fmt: skip
     settings = Settings(
@@ -112,7 +112,7 @@ def run(
     with _interruptible(), stages_bar(out) as progress:
         if options.traces:
             own = self_generated(
-                source, documents, tokens=options.traces, length=options.calibration_length,
+                source, documents, tokens=options.traces, length=options.sequence_length,
                 seed=options.seed, progress=progress,
             )  # fmt: skip
             documents = joined(own, documents)
