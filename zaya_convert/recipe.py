@@ -48,6 +48,8 @@ _UNITS = {
     "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
 }  # fmt: skip
 
+_GLOB = re.compile(r"[*?\[]")
+
 # Names that a glob on experts is tried on, when no model is at hand: more than ZAYA1-8B has.
 _EXPERT_PARTS = tuple(part.name for part in PART_BY_NAME.values() if part.role == "expert")
 _LAYERS, _EXPERTS = 64, 32
@@ -75,6 +77,8 @@ class Rule:
         role = PART_BY_NAME[key.part].role
         if self.match in ROLES:
             return role == ROLES[self.match]
+        if not _GLOB.search(self.match):  # allocations name thousands of matrices
+            return self.match in (key.module, str(key))
         return fnmatchcase(key.module, self.match) or fnmatchcase(str(key), self.match)
 
 

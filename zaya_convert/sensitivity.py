@@ -33,7 +33,7 @@ from zaya_convert.runtime.weights import Parts, Weights
 from zaya_kernels.reference import Expert
 
 TOKENS = 4096  # of the calibration tokens, the first that many
-_HEAD_ROWS = 64  # rows of logits held at once
+_HEAD_ROWS = 256  # rows of logits held at once
 
 Progress = Callable[[str, int, int], None]
 
