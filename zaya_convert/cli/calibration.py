@@ -31,8 +31,8 @@ _OPTIONS = (
         help="Calibration tokens to begin with.",
     ),
     click.option(
-        "--max-tokens", type=click.IntRange(2), default=131072, show_default=True,
-        help="Limit of further tokens for starved experts.",
+        "--max-tokens", type=click.IntRange(2),
+        help="Limit when starved experts get further tokens. Default: twice --tokens.",
     ),
     click.option(
         "--min-tokens", type=click.IntRange(0), default=256, show_default=True,
@@ -70,7 +70,7 @@ class Calibration:
 
     data: str | None
     tokens: int
-    max_tokens: int
+    max_tokens: int | None
     min_tokens: int
     sequence_length: int
     pack: bool
@@ -104,11 +104,10 @@ def run(
 
     documents = load_documents(
         source, options.data, length=options.sequence_length, pack=options.pack,
-        tokens=options.max_tokens, seed=options.seed,
+        tokens=options.tokens, seed=options.seed,
     )  # fmt: skip
-    settings = Settings(
-        options.tokens, max(options.tokens, options.max_tokens), options.min_tokens, sensitivity
-    )
+    limit = options.max_tokens or 2 * options.tokens
+    settings = Settings(options.tokens, max(options.tokens, limit), options.min_tokens, sensitivity)
     with _interruptible(), stages_bar(out) as progress:
         if options.traces:
             own = self_generated(
