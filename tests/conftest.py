@@ -1,7 +1,7 @@
 """Fixtures shared by all tests: small checkpoints in every form, written once per session."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,19 @@ import torch
 from nano import NANO_SKIP_BIAS, Nano, Stored, Surgery, safetensors_bytes
 from synthetic import nano_config, write_checkpoint
 from zaya_convert.config import ModelConfig
+from zaya_convert.runtime.walk import one_thread_each
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Small as it is, the model has what can go wrong: a sliding layer, EDA, reachable skip expert.
 NANO_CHANGES: dict[str, Any] = {"windows": (0, 9, 0)}
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For small products, which threads would only slow down: other jobs may use the cores."""
+    with one_thread_each():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from zaya_convert import __version__
 from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.data import Sequences, digest_of
 from zaya_convert.errors import InputError
-from zaya_convert.publish import io_errors, locked
+from zaya_convert.publish import empty, io_errors, locked
 from zaya_convert.runtime.walk import (
     SITES,
     Matrices,
@@ -123,11 +123,7 @@ def _claim(folder: Path, fingerprint: str, resume: bool) -> None:
             "run without --resume to start over"
         )
     if not (resume and found):
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        empty(folder)
         mark.write_text(fingerprint)
 
 
@@ -186,11 +182,7 @@ class _Run:
                 self.checkpoint, sequences, threads=self.threads, folder=self.folder / "streams",
                 max_memory=self.max_memory,
             )  # fmt: skip
-            if not walk.restore(self.folder / "walk") or walk.layer > done:
-                walk = Walk(
-                    self.checkpoint, sequences, threads=self.threads,
-                    folder=self.folder / "streams", max_memory=self.max_memory,
-                )  # fmt: skip
+            walk.restore(self.folder / "walk", lambda layer: layer <= done)
             while walk.layer < layers:
                 layer = walk.layer
                 collector = _Collector(self.checkpoint)
@@ -358,11 +350,10 @@ def _ranking(
 def coverage(stats: Stats) -> dict[str, Any]:
     """The coverage table and what is wrong with it, for reports."""
     counts = stats.counts
-    routed = counts.sum()
     return {
         "tokens": stats.tokens,
         "min_tokens": stats.min_tokens,
-        "skip_rate": float(counts[:, -1].sum() / routed),
+        "skip_rate": stats.skip_rate,
         "least": int(counts[:, :-1].min()),
         "below_minimum": [
             {"layer": layer, "expert": expert, "tokens": tokens}

@@ -246,18 +246,17 @@ class _Run:
                 self._count(by_name[record["step"]])
 
         prefix = Prefix(self.plan, self.worker, finish, self.digests)
+        walk = Walk(
+            self.plan.source, stats.sequences, reference=drift, threads=threads,
+            folder=self.place.partial / _STREAMS, max_memory=self.plan.max_memory,
+        )  # fmt: skip
 
-        def new_walk() -> Walk:
-            return Walk(
-                self.plan.source, stats.sequences, reference=drift, threads=threads,
-                folder=self.place.partial / _STREAMS, max_memory=self.plan.max_memory,
-            )  # fmt: skip
+        def vouched_for(layer: int) -> bool:
+            """Whether the journal holds all that a state in front of ``layer`` builds on."""
+            before = (step for step in steps if step.key.layer < layer)
+            return all(str(step.key) in self.records for step in before)
 
-        walk = new_walk()
-        if walk.restore(state) and not all(
-            str(step.key) in self.records for step in steps if step.key.layer < walk.layer
-        ):
-            walk = new_walk()  # the journal lost what the state builds on: start over
+        walk.restore(state, vouched_for)
         while walk.layer < self.plan.source.config.layers:
             walk.step(prefix)
             self.journal.flush()
@@ -340,7 +339,7 @@ def _calibration(plan: Plan, records: dict[str, Record]) -> dict[str, Any] | Non
         "tokens": stats.tokens,
         "tokens_digest": stats.facts["tokens_digest"],
         "min_tokens": stats.min_tokens,
-        "skip_rate": round(float(stats.counts[:, -1].sum() / stats.counts.sum()), 6),
+        "skip_rate": round(stats.skip_rate, 6),
         "counts": stats.counts.tolist(),
         "below_minimum": [list(entry) for entry in stats.below()],
         "fallback": {name: r["fallback"] for name, r in records.items() if r.get("fallback")},

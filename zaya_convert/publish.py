@@ -65,7 +65,7 @@ class Workspace:
 
     def discard(self) -> None:
         """Leave nothing behind."""
-        _empty(self.partial)
+        empty(self.partial)
 
 
 class Journal:
@@ -121,7 +121,7 @@ def workspace(
             _check_free(out, marker, overwrite)
             done = _journal(partial, fingerprint, resume)
             if not done:
-                _empty(partial)
+                empty(partial)
             _check_space(out.parent, needed_bytes, partial)
             with io_errors(out):
                 if not (partial / JOURNAL).exists():
@@ -222,7 +222,8 @@ def _check_space(folder: Path, needed: int, partial: Path) -> None:
         )
 
 
-def _empty(folder: Path) -> None:
+def empty(folder: Path) -> None:
+    """Remove all that a folder holds."""
     for path in folder.iterdir():
         _remove(path)
 

@@ -71,6 +71,11 @@ class Stats:
         return self.arrays["counts"]
 
     @property
+    def skip_rate(self) -> float:
+        """Share of routing decisions that chose the skip expert."""
+        return float(self.counts[:, -1].sum() / self.counts.sum())
+
+    @property
     def min_tokens(self) -> int:
         """What an expert should have at least."""
         return int(self.facts["settings"]["min_tokens"])
@@ -169,7 +174,7 @@ def read(path: Path) -> Stats:
     """
     if not path.is_file():
         raise InputError("no such file; `zaya-convert calibrate` makes one", str(path))
-    tensors, metadata = read_header(path)
+    _, metadata = read_header(path)
     if metadata.get("format") != "zaya-convert calibration":
         raise InputError("is not a calibration file; `zaya-convert calibrate` makes one", path.name)
     if metadata.get("schema") != SCHEMA:
@@ -182,7 +187,6 @@ def read(path: Path) -> Stats:
         _check(stats)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"is damaged ({error})", path.name) from None
-    assert tensors
     return stats
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,18 +39,11 @@ from zaya_convert.sensitivity import measure
 from zaya_convert.stats import Stats
 from zaya_quant.spec import QuantSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PACKING = "compressed-tensors"
 SMALL: dict[str, Any] = {"layers": 3, "windows": (0, 9, 0), "experts": 6, "expert_width": 32}
 MATRICES = ("expert", "attention")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The products are small, and other jobs may be using the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- the knapsack -------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from zaya_convert.runtime.model import Model
 from zaya_convert.runtime.walk import SITES, Walk
 from zaya_convert.stats import Stats
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL: dict[str, Any] = {"layers": 3, "windows": (0, 9, 0), "experts": 6, "expert_width": 32}
 LAYERS, EXPERTS, VOCABULARY = 3, 6, 96
 # Two rounds on ``documents``, the second with whatever is left.
@@ -40,15 +42,6 @@ SETTINGS = Settings(tokens=48, max_tokens=200, min_tokens=20)
 
 class Stop(Exception):
     """What interrupts a run in these tests."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The products are small, and other jobs may be using the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

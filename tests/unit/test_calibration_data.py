@@ -93,7 +93,7 @@ def test_no_document_repeats_another(documents: list[dict[str, Any]]) -> None:
 
 
 def test_nothing_private_is_in_it(raw: bytes) -> None:
-    found = re.search(r"https?://|\w@\w+\.\w|/home/|/root/|/Users/|/tmp/", raw.decode("utf-8"))
+    found = re.search(r"https?://|\w@\w+\.\w|/(home|root|Users|tmp)/", raw.decode("utf-8"))
     assert found is None
 
 

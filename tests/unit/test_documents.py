@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,16 +30,9 @@ from zaya_convert.models import open_model
 from zaya_convert.runtime.tokenizer import Tokenizer
 from zaya_convert.traces import self_generated
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS = 768  # of the bundled tokenizer
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The products are small, and other jobs may be using the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

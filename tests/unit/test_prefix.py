@@ -3,7 +3,7 @@ order of work leave no trace in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from zaya_convert.stats import Stats
 from zaya_convert.validate import validate
 from zaya_quant.qtensor import QuantTensor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Few tokens for this many experts, so some get none; the skip expert and a window are in use.
 SMALL: dict[str, Any] = {"layers": 3, "windows": (0, 9, 0), "experts": 6, "expert_width": 32}
 LAYERS = SMALL["layers"]
@@ -39,15 +41,6 @@ METHODS = ("gptq", "gptaq")
 
 class Stop(Exception):
     """What interrupts a run in these tests."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The products are small, and other jobs may be using the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

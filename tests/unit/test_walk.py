@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from zaya_convert.runtime.walk import (
     one_thread_each,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL: dict[str, Any] = {"layers": 3, "windows": (0, 9, 0), "experts": 6, "expert_width": 32}
 EXPERTS, LAYERS, VOCABULARY = 6, 3, 96
 MODELS: dict[str, dict[str, Any]] = {
@@ -44,15 +46,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 Place = tuple[int, str, int]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The products are small, and other jobs may be using the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -219,8 +219,12 @@ class Walk:
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
 
-    def restore(self, folder: Path) -> bool:
-        """Continue from what ``save`` wrote; False when there is nothing that fits."""
+    def restore(self, folder: Path, accept: Callable[[int], bool] = lambda layer: True) -> bool:
+        """Continue from what ``save`` wrote; False, and nothing changed, when that does not fit.
+
+        Args:
+            accept: told the layer that would be next, whether to continue there.
+        """
         try:
             facts = json.loads((folder / "walk.json").read_text())
             layer, fits = int(facts["layer"]), facts["sequences"] == self._digest
@@ -233,7 +237,7 @@ class Walk:
             return False
         for lane, (x, state) in zip(self._lanes, arrays, strict=True):
             fits &= (x.shape, state.shape) == (tuple(lane.x.shape), tuple(lane.state.shape))
-        if not fits or routes.shape != (layer, self.tokens):
+        if not fits or routes.shape != (layer, self.tokens) or not accept(layer):
             return False
         for lane, (x, state) in zip(self._lanes, arrays, strict=True):
             lane.x.copy_(torch.from_numpy(x))
