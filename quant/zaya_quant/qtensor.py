@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zaya_quant.spec import QuantSpec
+from zaya_quant.spec import BLOCK_TYPES, BlockSpec, QuantSpec
 
 SCALE_DTYPES = {
     "float16": torch.float16,
@@ -65,6 +65,15 @@ class QuantTensor:
         scales = self.scales.to(torch.float32)
         return (values * expand_groups(scales, self.spec, self.shape[1])).to(dtype)
 
+    def rows(self, part: slice) -> QuantTensor:
+        """Some rows."""
+        zeros = None if self.zeros is None else self.zeros[part]
+        return QuantTensor(self.codes[part], self.scales[part], zeros, self.spec)
+
+    def parameters(self) -> Tensor:
+        """Every float number beside the codes, flat: what must be finite."""
+        return self.scales.flatten()
+
     def validate_codes(self) -> None:
         """Raise ValueError when a code or a zero point lies outside the range of the spec.
 
@@ -73,6 +82,119 @@ class QuantTensor:
         _in_range("codes", self.codes, self.spec)
         if self.zeros is not None:
             _in_range("zeros", self.zeros, self.spec)
+
+
+# values of IQ4_NL's codes: ggml's kvalues_iq4nl
+IQ4_NL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+@dataclass(frozen=True)
+class BlockTensor:
+    """A matrix on the grid of a ggml block type, as logical values; ``blocks`` packs it.
+
+    ::
+
+        codes       [out, in]        uint8, 0 .. 2^bits - 1; for Q6_K int8, -32 .. 31
+        scales      [out, blocks]    float16: d
+        offsets     [out, blocks]    float16: dmin (K-quants) or m (Q4_1, Q5_1); None if symmetric
+        sub_scales  [out, groups]    uint8, 0..63 (Q4_K, Q5_K), or int8 (Q6_K); else None
+        sub_mins    [out, groups]    uint8, 0..63 (Q4_K, Q5_K); else None
+
+        Q4_1, Q5_1    value = d code + m
+        Q4_K, Q5_K    value = (d sub_scale) code - (dmin sub_min)
+        Q6_K          value = (d sub_scale) code
+        IQ4_NL        value = d IQ4_NL_LEVELS[code]
+
+    Computed in float32, every product and difference rounded, as ggml and the gguf package do.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    sub_scales: Tensor | None
+    sub_mins: Tensor | None
+    spec: BlockSpec
+
+    def __post_init__(self) -> None:
+        grid = self.spec.grid
+        signed = self.spec.type == "Q6_K"
+        _expect("codes", self.codes, torch.int8 if signed else torch.uint8, None)
+        rows, columns = self.codes.shape
+        size = BLOCK_TYPES[self.spec.type][0]
+        if columns % size:
+            raise ValueError(f"{columns} columns are no whole number of blocks of {size}")
+        per_block, per_group = (rows, columns // size), (rows, columns // grid.sub_group)
+        _expect("scales", self.scales, torch.float16, per_block)
+        for name, tensor, wanted, dtype, shape in (
+            ("offsets", self.offsets, not grid.symmetric, torch.float16, per_block),
+            ("sub_scales", self.sub_scales, grid.sub_bits > 0,
+             torch.int8 if signed else torch.uint8, per_group),
+            ("sub_mins", self.sub_mins, grid.sub_bits > 0 and not grid.symmetric, torch.uint8,
+             per_group),
+        ):  # fmt: skip
+            if wanted != (tensor is not None):
+                raise ValueError(f"{name} {'missing' if wanted else 'given'} for {self.spec.type}")
+            if tensor is not None:
+                _expect(name, tensor, dtype, shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        rows, columns = self.codes.shape
+        return rows, columns
+
+    def steps(self) -> Tensor:
+        """What a code counts in: float32 ``[out, groups]``."""
+        if self.sub_scales is None:
+            return self.scales.float()
+        return self._per_group(self.scales) * self.sub_scales.float()
+
+    def bases(self) -> Tensor | None:
+        """What is added to code times step: float32 ``[out, groups]``; None when symmetric."""
+        if self.offsets is None:
+            return None
+        if self.sub_mins is None:
+            return self.offsets.float()
+        return -(self._per_group(self.offsets) * self.sub_mins.float())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values ``[out, in]``, computed in float32 and then cast."""
+        length = self.spec.grid.sub_group
+        if self.spec.grid.codebook:
+            levels = torch.tensor(IQ4_NL_LEVELS, dtype=torch.float32)
+            values = levels[self.codes.long()]
+        else:
+            values = self.codes.float()
+        values = values.unflatten(1, (-1, length)) * self.steps().unsqueeze(2)
+        bases = self.bases()
+        if bases is not None:
+            values += bases.unsqueeze(2)
+        return values.flatten(1).to(dtype)
+
+    def rows(self, part: slice) -> BlockTensor:
+        """Some rows."""
+        tensors = (self.codes, self.scales, self.offsets, self.sub_scales, self.sub_mins)
+        return BlockTensor(*(None if t is None else t[part] for t in tensors), self.spec)  # type: ignore[arg-type]
+
+    def parameters(self) -> Tensor:
+        """Every float number beside the codes, flat: what must be finite."""
+        found = [t.flatten() for t in (self.scales, self.offsets) if t is not None]
+        return torch.cat(found)
+
+    def validate_codes(self) -> None:
+        """Raise ValueError when a code or a sub-group's integer lies outside its range."""
+        low, high = (-32, 31) if self.spec.type == "Q6_K" else (0, (1 << self.spec.bits) - 1)
+        _within("codes", self.codes, low, high)
+        if self.sub_mins is not None and self.sub_scales is not None:
+            _within("sub_scales", self.sub_scales, 0, 63)
+            _within("sub_mins", self.sub_mins, 0, 63)
+
+    def _per_group(self, per_block: Tensor) -> Tensor:
+        size, length = BLOCK_TYPES[self.spec.type][0], self.spec.grid.sub_group
+        return per_block.float().repeat_interleave(size // length, dim=1)
+
+
+Quantized = QuantTensor | BlockTensor
 
 
 def expand_groups(per_group: Tensor, spec: QuantSpec, in_features: int) -> Tensor:
@@ -91,10 +213,12 @@ def _expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int
 
 
 def _in_range(name: str, tensor: Tensor, spec: QuantSpec) -> None:
+    _within(name, tensor, spec.qmin, spec.qmax, f"{spec.bits}-bit codes must lie in ")
+
+
+def _within(name: str, tensor: Tensor, least: int, most: int, what: str = "allowed: ") -> None:
     if tensor.numel() == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(tensor))
-    if low < spec.qmin or high > spec.qmax:
-        raise ValueError(
-            f"{name} span {low}..{high}; {spec.bits}-bit codes must lie in {spec.qmin}..{spec.qmax}"
-        )
+    if low < least or high > most:
+        raise ValueError(f"{name} span {low}..{high}; {what}{least}..{most}")

@@ -8,6 +8,9 @@ shares one scale (and, when asymmetric, one zero point)::
 Bits per weight count what a file has to hold: the codes, one scale per group, and one zero point
 of ``bits`` bits per group when asymmetric.  int4, group 32, fp16 scale: 4 + 16/32 = 4.5.
 
+**ggml block types.** Q4_0, Q5_0 and Q8_0 are such grids (symmetric, group 32, fp16 scale); the
+others have grids of their own, which ``BlockSpec`` names and ``zaya_quant.blocks`` computes.
+
 This module imports no torch, so that plans can be made without it.
 """
 
@@ -20,6 +23,16 @@ from typing import Any
 ALLOWED_BITS = (2, 3, 4, 5, 6, 8)
 PER_CHANNEL = -1
 SCALE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
+
+# ggml block types by name: weights per block, bytes per block (ggml-common.h).
+BLOCK_TYPES = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
+    "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_NL": (32, 18),
+}  # fmt: skip
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,11 @@ class QuantSpec:
             raise ValueError(
                 f"scale_dtype is {self.scale_dtype!r}; allowed: {', '.join(SCALE_BITS)}"
             )
+
+    @property
+    def ggml_type(self) -> str:
+        """The block type with just this grid, or ""."""
+        return next((name for name, spec in CANONICAL.items() if spec == self), "")
 
     @property
     def qmin(self) -> int:
@@ -100,5 +118,95 @@ class QuantSpec:
         return cls(**data)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+@dataclass(frozen=True)
+class BlockGrid:
+    """Geometry of a block type with a grid of its own; see ``zaya_quant.blocks``.
+
+    Attributes:
+        bits: of one code.
+        sub_group: weights that share one scale.
+        symmetric: no offset beside the scale.
+        sub_bits: bits of the integer that scales a super-block's fp16 number for each sub-group;
+            0 when the sub-group is the block and its scale is the fp16 number itself.
+        codebook: codes name values of a table instead of whole numbers.
+    """
+
+    bits: int
+    sub_group: int
+    symmetric: bool = False
+    sub_bits: int = 0
+    codebook: bool = False
+
+
+BLOCK_GRIDS = {
+    "Q4_1": BlockGrid(4, 32),
+    "Q5_1": BlockGrid(5, 32),
+    "Q4_K": BlockGrid(4, 32, sub_bits=6),
+    "Q5_K": BlockGrid(5, 32, sub_bits=6),
+    "Q6_K": BlockGrid(6, 16, symmetric=True, sub_bits=8),
+    "IQ4_NL": BlockGrid(4, 32, symmetric=True, codebook=True),
+}
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """A ggml block type whose grid no ``QuantSpec`` describes; invalid ones cannot exist."""
+
+    type: str
+
+    def __post_init__(self) -> None:
+        if self.type not in BLOCK_GRIDS:
+            raise ValueError(f"type is {self.type!r}; allowed: {', '.join(BLOCK_GRIDS)}")
+
+    @property
+    def ggml_type(self) -> str:
+        """The block type's name."""
+        return self.type
+
+    @property
+    def grid(self) -> BlockGrid:
+        """Geometry."""
+        return BLOCK_GRIDS[self.type]
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return self.grid.bits
+
+    @property
+    def group_size(self) -> int:
+        """Weights of a block: a row is a whole number of them."""
+        return BLOCK_TYPES[self.type][0]
+
+    @property
+    def label(self) -> str:
+        """For people: the type's name."""
+        return self.type
+
+    def bits_per_weight(self, out_features: int, in_features: int) -> float:
+        """Everything in a block, divided by its weights."""
+        weights, size = BLOCK_TYPES[self.type]
+        return 8 * size / weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON can hold them."""
+        return asdict(self)
+
+
+Spec = QuantSpec | BlockSpec
+
+# The canonical grids: one and the same in GGUF, ONNX and compressed-tensors.
+CANONICAL = {"Q4_0": QuantSpec(4, 32), "Q5_0": QuantSpec(5, 32), "Q8_0": QuantSpec(8, 32)}
+
+
+def spec_of_type(name: str) -> Spec:
+    """The spec of a ggml block type.
+
+    Raises:
+        ValueError: no such type.
+    """
+    if name in CANONICAL:
+        return CANONICAL[name]
+    if name not in BLOCK_GRIDS:
+        raise ValueError(f"no block type {name!r}; there are {', '.join(BLOCK_TYPES)}")
+    return BlockSpec(name)
