@@ -47,3 +47,12 @@ QUALITY_SQNR_DB_ASYMMETRIC = {
     (4, 128): 20.2,  # 20.448
     (8, 32): 46.5,  # 46.683
 }
+# The same weights, ggml block types; beside each floor what was measured, and llama-quantize's.
+QUALITY_SQNR_DB_BLOCKS = {
+    "Q4_1": 23.0,  # 23.167, 22.123
+    "Q5_1": 29.4,  # 29.597, 28.434
+    "Q4_K": 23.0,  # 23.144, 22.923
+    "Q5_K": 29.2,  # 29.391, 28.851
+    "Q6_K": 35.6,  # 35.746, 35.025
+    "IQ4_NL": 22.6,  # 22.707, 22.373
+}

@@ -33,14 +33,9 @@ model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")
 }
 
 
-def json_bytes(value: Mapping[str, Any]) -> bytes:
-    """Pretty JSON with a final newline."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 def model_card(plan: Plan, facts: Mapping[str, Any]) -> bytes:
     """README.md of an artifact: metadata, what was done, how to load it."""
-    metadata = _kept_metadata(plan.source)
+    metadata = kept_metadata(plan.source)
     if plan.origin:
         metadata["base_model"] = plan.origin
     metadata |= {"base_model_relation": "quantized", "tags": ["zaya", "quantized", plan.packing]}
@@ -93,7 +88,7 @@ def _calibration_lines(facts: Mapping[str, Any]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def _kept_metadata(source: Checkpoint) -> dict[str, Any]:
+def kept_metadata(source: Checkpoint) -> dict[str, Any]:
     """Licence, language and base model of the source's own card."""
     path = source.path / "README.md"
     if not path.is_file():

@@ -29,8 +29,8 @@ from zaya_convert.layout import PART_BY_NAME, Stored, TensorKey
 if TYPE_CHECKING:
     import torch
 
-    from zaya_quant.qtensor import QuantTensor
-    from zaya_quant.spec import QuantSpec
+    from zaya_quant.qtensor import Quantized
+    from zaya_quant.spec import Spec
 
 CHUNK_BYTES = 32 << 20
 
@@ -59,8 +59,10 @@ class TensorInfo:
 
     Attributes:
         shape: logical shape (of the dequantized weight for quantized tensors).
-        dtype: safetensors dtype of a float tensor, or the dtype of the codes' container.
-        pieces: ``{"": piece}`` for float tensors; named components for quantized ones.
+        dtype: safetensors dtype of a float tensor's values as ``read`` returns them, or the dtype
+            of the codes' container.
+        pieces: ``{"": piece}`` for float tensors stored as they are; named components for
+            quantized ones, and for float tensors that a ``Decoder`` makes from codes.
         spec: how the tensor is quantized, None for float tensors.
     """
 
@@ -68,12 +70,22 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
     pieces: Mapping[str, Piece]
-    spec: QuantSpec | None = None
+    spec: Spec | None = None
 
     @property
     def bytes(self) -> int:
         """Bytes on disk, scales included."""
         return sum(piece.end - piece.begin for piece in self.pieces.values())
+
+    @property
+    def plain(self) -> bool:
+        """Whether the file holds the values themselves, in one run of bytes."""
+        return self.spec is None and "" in self.pieces
+
+    @property
+    def stored_dtype(self) -> str:
+        """What the file holds: the dtype of the values, or of the codes."""
+        return next(iter(self.pieces.values())).dtype
 
     @property
     def numel(self) -> int:
@@ -87,7 +99,7 @@ class TensorInfo:
 class Scaling(Protocol):
     """An exact change of a float tensor that other tensors make up for."""
 
-    def of(self, value: torch.Tensor | QuantTensor) -> torch.Tensor:
+    def of(self, value: torch.Tensor | Quantized) -> torch.Tensor:
         """The changed tensor, in the same dtype."""
         ...
 
@@ -96,7 +108,8 @@ class Scaling(Protocol):
         ...
 
 
-Decoder = Callable[[TensorInfo, dict[str, "torch.Tensor"]], "QuantTensor"]
+# Makes a tensor from its components; a float tensor comes in the dtype that its info promises.
+Decoder = Callable[[TensorInfo, dict[str, "torch.Tensor"]], "torch.Tensor | Quantized"]
 
 
 @dataclass(frozen=True)
@@ -104,13 +117,14 @@ class Checkpoint:
     """A model on disk.
 
     Attributes:
-        path: folder it was opened from.
+        path: folder (or single file) it was opened from.
         format: "hybrid", "legacy", or the name of the artifact's packing.
         config: normalised configuration.
         raw_config: ``config.json`` as found.
         infos: every logical tensor, in execution order.
         notes: things worth telling a person that are not errors.
         manifest: the artifact's manifest, empty for sources.
+        extras: side files of a format that keeps them inside its weight files.
         scaling: powers of two that ``read`` multiplies a float tensor with (see ``equalize``).
     """
 
@@ -124,9 +138,10 @@ class Checkpoint:
     decoder: Decoder | None = None
     tied_copy: TensorInfo | None = None
     scaling: Mapping[TensorKey, Scaling] = field(default_factory=dict)
+    extras: Callable[[], dict[str, bytes]] | None = None
 
-    def read(self, key: TensorKey) -> torch.Tensor | QuantTensor:
-        """Read one tensor: a float tensor in its stored dtype, or a ``QuantTensor``.
+    def read(self, key: TensorKey) -> torch.Tensor | Quantized:
+        """Read one tensor: a float tensor in its info's dtype, or a ``Quantized``.
 
         Raises:
             InputError: the file cannot be read, or shrank since it was opened.
@@ -134,10 +149,10 @@ class Checkpoint:
         value = self.read_stored(key)
         return self.scaling[key].of(value) if key in self.scaling else value
 
-    def read_stored(self, key: TensorKey) -> torch.Tensor | QuantTensor:
+    def read_stored(self, key: TensorKey) -> torch.Tensor | Quantized:
         """``read`` without ``scaling``: what the file holds."""
         info = self.infos[key]
-        if info.spec is None:
+        if info.plain:
             return _tensor(info.pieces[""])
         assert self.decoder is not None
         pieces = {name: _tensor(piece) for name, piece in info.pieces.items()}
@@ -156,8 +171,12 @@ class Checkpoint:
         return value.dequantize(dtype or torch.float32)
 
     def chunks(self, key: TensorKey, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
-        """The raw bytes of a float tensor in bounded pieces."""
-        yield from _piece_chunks(self.infos[key].pieces[""], size)
+        """The bytes of a float tensor's values in bounded pieces."""
+        info = self.infos[key]
+        if info.plain:
+            yield from _piece_chunks(info.pieces[""], size)
+        else:
+            yield from _value_chunks(self.read_stored(key), size)
 
     def first_bytes(self, key: TensorKey, size: int) -> Iterator[memoryview]:
         """The first ``size`` bytes of every array of a tensor."""
@@ -176,12 +195,19 @@ class Checkpoint:
 
     def side_files(self) -> dict[str, bytes]:
         """Tokenizer, template and licence files that belong to the model, by name."""
+        if self.extras is not None and not (self.path / "tokenizer.json").is_file():
+            return self.extras()
         found = {}
         for name in SIDE_FILES:
             path = self.path / name
             if path.is_file():
                 found[name] = read_small(path)
         return found
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether ``side_files`` has a tokenizer."""
+        return (self.path / "tokenizer.json").is_file() or "tokenizer.json" in self.side_files()
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -247,7 +273,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
     return {
         "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
-        "I64": torch.int64, "U8": torch.uint8, "I8": torch.int8,
+        "I64": torch.int64, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
     }[name]  # fmt: skip
 
 
@@ -328,6 +354,14 @@ def match_tensors(
 
 def _info(key: TensorKey, raw: RawTensor, place: Stored, config: ModelConfig) -> TensorInfo:
     shape = layouts.resolve(PART_BY_NAME[key.part].shape, config.dims)
+    return TensorInfo(key, shape, raw.dtype, {"": piece_at(raw, place, shape)})
+
+
+def piece_at(raw: RawTensor, place: Stored, shape: tuple[int, ...]) -> Piece:
+    """The bytes that ``place`` means within the array stored there, as an array of ``shape``.
+
+    The array's rows are those of ``place``; its columns need not be: codes may be packed.
+    """
     begin, end = raw.begin, raw.end
     if place.expert is not None:
         size = (end - begin) // raw.shape[0]
@@ -335,7 +369,16 @@ def _info(key: TensorKey, raw: RawTensor, place: Stored, config: ModelConfig) ->
     if place.rows:
         row = (end - begin) // place.shape[-2]
         begin, end = begin + place.rows[0] * row, begin + place.rows[1] * row
-    return TensorInfo(key, shape, raw.dtype, {"": Piece(raw.file, begin, end, raw.dtype, shape)})
+    return Piece(raw.file, begin, end, raw.dtype, shape)
+
+
+def _value_chunks(value: torch.Tensor | Quantized, size: int) -> Iterator[memoryview]:
+    import torch
+
+    assert isinstance(value, torch.Tensor)
+    data = value.contiguous().view(-1).view(torch.uint8).numpy().data
+    for begin in range(0, len(data), size):
+        yield data[begin : begin + size]
 
 
 def _piece_chunks(piece: Piece, size: int) -> Iterator[memoryview]:

@@ -24,7 +24,7 @@ from zaya_convert import __version__, card, equalize, manifest, publish
 from zaya_convert.checkpoint import SourceDigest
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.export import packing
-from zaya_convert.export.safetensors import ShardSet
+from zaya_convert.export.container import Outcome, PlannedFiles
 from zaya_convert.layout import TensorKey
 from zaya_convert.plan import Plan, Step
 from zaya_convert.prefix import Prefix, on_prefix
@@ -46,7 +46,11 @@ _WALK, _STREAMS = "walk", "streams"  # folders of a run in progress
 
 @dataclass(frozen=True)
 class Result:
-    """What a conversion wrote. ``widened`` lists matrices whose scales had to be bf16."""
+    """What a conversion wrote.
+
+    ``widened`` lists matrices whose scales had to be bf16, ``narrow`` those whose scales should be
+    but lie below fp16's normal range, because the packing holds no others.
+    """
 
     output: Path
     bytes: int
@@ -54,6 +58,7 @@ class Result:
     seconds: float
     source_digest: str
     widened: tuple[str, ...]
+    narrow: tuple[str, ...]
     resumed_steps: int
 
 
@@ -69,7 +74,8 @@ def execute(
     """Carry out a plan.
 
     Args:
-        out: output folder; appears complete or not at all.
+        out: output folder, or a single file when its name ends in ``.gguf``; appears complete or
+            not at all.
         threads: tensors in work at once (default: one per core). Never changes the bytes.
         resume: continue an interrupted run of the same plan.
         overwrite: replace an existing output, once the new one is complete.
@@ -94,7 +100,7 @@ def execute(
             out,
             plan.fingerprint(),
             _room(plan),
-            marker=manifest.NAME,
+            marker=_marker(out),
             resume=resume,
             overwrite=overwrite,
         ) as place,
@@ -105,12 +111,14 @@ def execute(
             place.discard()
             raise InputError("changed while it was read", plan.source.path.name)
         digest = _source_digest(plan, records)
-        widened = tuple(key for key, record in records.items() if record["widened"])
-        _finish(plan, place, records, digest, widened, threads)
-        size = sum(path.stat().st_size for path in place.partial.glob("*.safetensors"))
-        place.publish()
+        names, size = _finish(plan, place, records, digest, threads)
+        place.publish(names[0] if is_file(out) else None)
+    widened, narrow = (
+        tuple(key for key, record in records.items() if record.get(kind))
+        for kind in ("widened", "narrow")
+    )
     return Result(
-        out, size, plan.bits_per_weight, time.monotonic() - started, digest, widened,
+        out, size, plan.bits_per_weight, time.monotonic() - started, digest, widened, narrow,
         len(place.done),
     )  # fmt: skip
 
@@ -122,7 +130,16 @@ def check_ready(plan: Plan, out: Path, overwrite: bool) -> None:
         OutputExistsError, OutputError, UsageError: see ``publish``.
     """
     _check_apart(plan, out)
-    publish.check_ready(out, _room(plan), marker=manifest.NAME, overwrite=overwrite)
+    publish.check_ready(out, _room(plan), marker=_marker(out), overwrite=overwrite)
+
+
+def is_file(out: Path) -> bool:
+    """Whether an output is a single file, and no folder."""
+    return out.suffix == ".gguf"
+
+
+def _marker(out: Path) -> str:
+    return "" if is_file(out) else manifest.NAME
 
 
 def _room(plan: Plan) -> int:
@@ -131,7 +148,13 @@ def _room(plan: Plan) -> int:
 
 
 def _check_apart(plan: Plan, out: Path) -> None:
-    """Refuse an output that is, holds or replaces a part of the input."""
+    """Refuse an output that is, holds or replaces a part of the input.
+
+    Raises:
+        UsageError: also for a single file of a format that has none.
+    """
+    if is_file(out) and not plan.packing.startswith("gguf"):
+        raise UsageError(f"{out} is a name for GGUF; {plan.packing} writes a folder")
     target = out.resolve()
     for path in (plan.source.path, *plan.source.files):
         if path.resolve().is_relative_to(target):
@@ -142,11 +165,13 @@ def _check_apart(plan: Plan, out: Path) -> None:
 
 def _run_steps(plan: Plan, place: Workspace, threads: int, progress: Progress) -> dict[str, Record]:
     """Run what the journal does not vouch for; returns the records of all steps by name."""
-    shards = ShardSet(place.partial, plan.arrays, plan.shard_bytes)
-    run = _Run(plan, place, Worker(plan, shards), Journal(place, shards.descriptors), progress)
+    files = packing(plan.packing).container(plan, place.partial).files
+    run = _Run(plan, place, Worker(plan, files), Journal(place, files.descriptors), progress)
     try:
+        if is_file(place.out) and len(files.names) > 1:
+            raise UsageError(f"{place.out}: splitting makes several files; name a folder instead")
         _keep_freed_memory()
-        run.resume(shards)
+        run.resume(files)
         with one_thread_each():
             run.alone(threads)
         run.in_order(threads)
@@ -159,7 +184,7 @@ def _run_steps(plan: Plan, place: Workspace, threads: int, progress: Progress) -
     finally:
         run.journal.flush()
         run.journal.close()
-        shards.close()
+        files.close()
     return {str(step.key): run.records[str(step.key)] for step in plan.steps}
 
 
@@ -176,11 +201,11 @@ class _Run:
     digests: dict[str, str] = field(default_factory=dict)
     _counted: set[str] = field(default_factory=set)
 
-    def resume(self, shards: ShardSet) -> None:
+    def resume(self, files: PlannedFiles) -> None:
         """Take over what an interrupted run finished, if it still stands on disk."""
         for step in self.plan.steps:
             record = self.place.done.get(str(step.key))
-            if record and record["written"] == _digests(shards, step):
+            if record and record["written"] == _digests(files, step):
                 self.records[str(step.key)] = record
 
     def alone(self, threads: int) -> None:
@@ -306,12 +331,12 @@ def _physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _digests(shards: ShardSet, step: Step) -> list[str]:
+def _digests(files: PlannedFiles, step: Step) -> list[str]:
     """sha256 of each region of a step, as it stands on disk."""
     found = []
     for region in step.regions.values():
         digest = hashlib.sha256()
-        for piece in shards.read(region):
+        for piece in files.read(region):
             digest.update(piece)
         found.append(digest.hexdigest())
     return found
@@ -351,11 +376,13 @@ def _finish(
     place: Workspace,
     records: dict[str, Record],
     digest: str,
-    widened: tuple[str, ...],
     threads: int,
-) -> None:
-    """Headers, side files and the manifest."""
-    shards = ShardSet(place.partial, plan.arrays, plan.shard_bytes)
+) -> tuple[list[str], int]:
+    """Headers and, in a folder, side files and the manifest; names and size of the weight files."""
+    target = packing(plan.packing)
+    container = target.container(plan, place.partial)
+    files = container.files
+    widened = [key for key, record in records.items() if record["widened"]]
     dtypes = {
         region.array.name: "BF16"
         for step in plan.steps
@@ -363,8 +390,26 @@ def _finish(
         for region in step.regions.values()
         if region.array.dtype == "F16"
     }
-    extra = shards.finish(dtypes)
-    shards.close()
+    checksums = tuple(d for step in plan.steps for d in records[str(step.key)]["written"])
+    extra = container.finish(Outcome(digest, dtypes, checksums))
+    files.close()
+    if not is_file(place.out):
+        extra |= target.files(plan)
+        _describe(plan, place, records, digest, extra, widened, files.names, threads)
+    return files.names, files.bytes
+
+
+def _describe(
+    plan: Plan,
+    place: Workspace,
+    records: dict[str, Record],
+    digest: str,
+    extra: dict[str, bytes],
+    widened: list[str],
+    names: list[str],
+    threads: int,
+) -> None:
+    """Side files, model card and manifest."""
     facts = {
         "tool": {"name": "zaya-convert", "version": __version__},
         "packing": plan.packing,
@@ -376,10 +421,9 @@ def _finish(
         "skip_mode": "zero",
         "weights": plan.weights,
         "bits_per_weight": round(plan.bits_per_weight, 4),
-        "bf16_scales": list(widened),
+        "bf16_scales": widened,
     }
-    config = card.json_bytes(packing(plan.packing).config(plan))
-    files = plan.source.side_files() | extra | {"config.json": config}
+    files = plan.source.side_files() | extra
     if plan.source.scaling:
         files[equalize.NAME] = equalize.serialise(plan.source.scaling)
     files["README.md"] = card.model_card(plan, facts)
@@ -393,7 +437,7 @@ def _finish(
         )
         if region.bytes == region.array.bytes
     }
-    paths = [place.partial / name for name in (*shards.names, *files)]
+    paths = [place.partial / name for name in (*names, *files)]
     with ThreadPoolExecutor(threads) as pool:
         digests = list(pool.map(lambda path: manifest.digest_file(path, known), paths))
     (place.partial / manifest.NAME).write_bytes(manifest.build(facts, digests))

@@ -64,7 +64,7 @@ def load_sequences(
     Raises:
         InputError: a file that cannot be read, is empty, or holds ids outside the vocabulary.
     """
-    has_tokenizer = (checkpoint.path / "tokenizer.json").is_file()
+    has_tokenizer = checkpoint.has_tokenizer
     if data is None and not has_tokenizer:
         return _random(checkpoint, tokens, length, seed, "no tokenizer")
     path = VALIDATION if data is None else find(data)
@@ -101,7 +101,7 @@ def load_documents(
     Raises:
         InputError: as ``load_sequences``.
     """
-    has_tokenizer = (checkpoint.path / "tokenizer.json").is_file()
+    has_tokenizer = checkpoint.has_tokenizer
     if data is None and not has_tokenizer:
         return _random(checkpoint, tokens, length, seed, "no tokenizer")
     name = data or ("zaya1-tiny" if _has_bundled_tokenizer(checkpoint) else "general")
@@ -144,8 +144,8 @@ def _checked(checkpoint: Checkpoint, path: Path, is_default: bool) -> list[list[
     Raises:
         InputError: an id outside the vocabulary in a set that was asked for.
     """
-    has_tokenizer = (checkpoint.path / "tokenizer.json").is_file()
-    tokenizer = Tokenizer.load(checkpoint.path) if has_tokenizer else None
+    has_tokenizer = checkpoint.has_tokenizer
+    tokenizer = Tokenizer.of(checkpoint) if has_tokenizer else None
     rows = checkpoint.config.vocab_rows
     bundled = path in CALIBRATION.values()
     found: list[list[int]] = []

@@ -36,7 +36,7 @@ from zaya_convert.recipe import Recipe
 from zaya_convert.runtime.walk import SITES
 from zaya_convert.stats import Stats
 from zaya_quant.methods import method
-from zaya_quant.spec import QuantSpec
+from zaya_quant.spec import Spec
 from zaya_quant.stats import InputStats
 
 NAME = "equalization.npz"
@@ -222,7 +222,7 @@ class _Work:
             error = sum(
                 _error(w * torch.exp2(columns.float()), rule.spec, seen)
                 for w, rule in zip(weights, rules, strict=True)
-                if rule is not None
+                if rule is not None and rule.spec is not None
             )
             found.append((float(error), index, powers))
         _, index, powers = min(found, key=lambda entry: entry[:2])
@@ -241,7 +241,7 @@ def _exponents(moments: Tensor, strength: float) -> Tensor:
     return powers.to(torch.int8)
 
 
-def _error(weight: Tensor, spec: QuantSpec, moments: Tensor) -> float:
+def _error(weight: Tensor, spec: Spec, moments: Tensor) -> float:
     """Weighted squared error of rounding to nearest."""
     value = method("imatrix")(weight, spec, InputStats(1, moments)).dequantize()
     return float((weight - value).square().sum(0).double() @ moments.double())

@@ -4,6 +4,7 @@ Side files (config, tokenizer) have a size cap. Shards are found by index or by 
 inside the folder, and their headers must agree with the index and with each other.
 """
 
+import json
 import os
 import stat
 from collections.abc import Mapping
@@ -34,6 +35,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json_object(read_small(path), path.name)
 
 
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """Pretty JSON with a final newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def load_tensors(folder: Path) -> dict[str, RawTensor]:
     """Headers of every weight file of a folder, by tensor name.
 
@@ -57,7 +63,7 @@ def load_tensors(folder: Path) -> dict[str, RawTensor]:
     problems: list[str] = []
     for name in names:
         try:
-            found, _ = read_header(_contained(folder, name))
+            found, _ = read_header(contained(folder, name))
         except InputError as error:
             problems.append(str(error))
             continue
@@ -83,19 +89,19 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _contained(folder: Path, name: str) -> Path:
+def contained(folder: Path, name: str) -> Path:
     """A shard's path, refusing names that leave the folder by ``..``, a slash or a symlink.
 
-    The Hub cache stores snapshots as symlinks into a sibling ``blobs`` folder; those may be
-    followed, nothing else may.
+    The Hub cache stores snapshots, and folders in them, as symlinks into a ``blobs`` folder beside
+    ``snapshots``; those may be followed, nothing else may.
     """
     unsafe = not name.isprintable() or "\\" in name  # surrogates and NUL are not printable
     if name in ("", ".", "..") or Path(name).name != name or unsafe:
         raise InputError(f"shard name {name!r} leaves the folder: refused", "index")
     path, root = folder / name, Path(os.path.realpath(folder))
     roots = [root]
-    if root.parent.name == "snapshots":
-        roots.append(root.parent.parent / "blobs")
+    inside = (root, *root.parents)
+    roots += [at.parent.parent / "blobs" for at in inside if at.parent.name == "snapshots"]
     # realpath and not Path.resolve, which raises on a link that points at itself
     if not any(Path(os.path.realpath(path)).is_relative_to(allowed) for allowed in roots):
         raise InputError(f"{name!r} is a link that leaves the folder: refused", folder.name)

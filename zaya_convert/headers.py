@@ -20,8 +20,10 @@ from zaya_convert.errors import InputError
 
 DTYPE_BYTES: dict[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
-    "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8,
+    "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8,
 }  # fmt: skip
+# Two to a byte. Nothing reads them, but whoever refuses them should be able to name the tensor.
+_NIBBLES = ("F4",)
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -104,7 +106,7 @@ def _entry(path: Path, name: str, entry: object, data_start: int) -> RawTensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise InputError("needs exactly dtype, shape and data_offsets", where)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in (*DTYPE_BYTES, *_NIBBLES):
         raise InputError(f"unknown dtype {dtype!r}", where)
     if not _naturals(shape) or max(shape, default=0) > _MAX_DIM or len(shape) > 8:
         raise InputError(f"bad shape {shape!r}", where)
@@ -113,9 +115,10 @@ def _entry(path: Path, name: str, entry: object, data_start: int) -> RawTensor:
     count = 1
     for dim in shape:
         count *= dim
-    if count * DTYPE_BYTES[dtype] != offsets[1] - offsets[0]:
+    size = -(-count // 2) if dtype in _NIBBLES else count * DTYPE_BYTES[dtype]
+    if size != offsets[1] - offsets[0]:
         raise InputError(
-            f"shape {shape} as {dtype} is {count * DTYPE_BYTES[dtype]} bytes, "
+            f"shape {shape} as {dtype} is {size} bytes, "
             f"data_offsets give {offsets[1] - offsets[0]}",
             where,
         )

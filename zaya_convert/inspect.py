@@ -32,11 +32,11 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters_active": active_parameters(checkpoint),
         "bytes": size,
         "bits_per_weight": 8 * size / total,
-        "dtypes": sorted({info.dtype for info in infos.values() if info.spec is None}),
+        "dtypes": sorted({i.stored_dtype for i in infos.values() if i.spec is None}),
         "storage": storage(checkpoint),
         "quantized": any(info.spec for info in infos.values()),
         "files": [path.name for path in checkpoint.files],
-        "tokenizer": (checkpoint.path / "tokenizer.json").is_file(),
+        "tokenizer": checkpoint.has_tokenizer,
         "source": dict(source) if isinstance(source, Mapping) else {},
         "notes": list(checkpoint.notes),
         "problems": [],
@@ -63,7 +63,7 @@ def storage(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """Tensors, weights and bytes by how they are stored."""
     rows: dict[str, dict[str, Any]] = {}
     for info in checkpoint.infos.values():
-        kind = info.dtype if info.spec is None else info.spec.label
+        kind = info.stored_dtype if info.spec is None else info.spec.label
         row = rows.setdefault(kind, {"kind": kind, "tensors": 0, "weights": 0, "bytes": 0})
         row["tensors"] += 1
         row["weights"] += info.numel

@@ -15,7 +15,8 @@ from typing import Any
 
 from zaya_convert.errors import InputError
 from zaya_convert.files import read_json
-from zaya_convert.headers import read_header
+from zaya_convert.gguf_header import read_gguf
+from zaya_convert.headers import RawTensor, read_header
 
 NAME = "zaya-convert.json"
 SCHEMA = 1
@@ -51,13 +52,13 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def digest_file(path: Path, known: Mapping[str, str] | None = None) -> FileDigest:
-    """Checksum a file, and every tensor in it if it is a safetensors file, in one pass.
+    """Checksum a file, and every tensor in it if it is a weight file, in one pass.
 
     Args:
         known: sha256 of tensors that were hashed when they were written; not hashed again.
     """
     known = known or {}
-    tensors = read_header(path)[0] if path.suffix == ".safetensors" else {}
+    tensors = _tensors(path)
     total = hashlib.sha256()
     found: dict[str, tuple[str, str, tuple[int, ...]]] = {}
     size = 0
@@ -81,6 +82,13 @@ def digest_file(path: Path, known: Mapping[str, str] | None = None) -> FileDiges
             found[tensor.name] = (digest, tensor.dtype, tensor.shape)
         take(1 << 62)
     return FileDigest(path.name, size, total.hexdigest(), found)
+
+
+def _tensors(path: Path) -> Mapping[str, RawTensor]:
+    """The tensors of a weight file, {} for any other."""
+    if path.suffix == ".safetensors":
+        return read_header(path)[0]
+    return read_gguf(path).tensors if path.suffix == ".gguf" else {}
 
 
 def build(facts: Mapping[str, Any], files: list[FileDigest]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from zaya_convert import fused_quants
 from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.errors import InputError
 from zaya_convert.export import PACKINGS, packing
@@ -20,8 +21,13 @@ def open_model(name: str | None) -> Checkpoint:
     Raises:
         InputError: nothing there, or something that cannot be trusted.
     """
-    folder = resolve(name)
+    path = resolve(name)
+    if not (path / "config.json").is_file():
+        return packing("gguf").open_artifact(path)
+    folder = path
     config = read_json(folder / "config.json")
+    if fused_quants.recognises(folder, config):
+        return fused_quants.open_fused(folder)
     for packing_name in PACKINGS:
         module = packing(packing_name)
         if module.recognises(config):
@@ -35,19 +41,24 @@ def open_model(name: str | None) -> Checkpoint:
 
 
 def resolve(name: str | None) -> Path:
-    """The local folder of a model; fetches ``hf://org/name[@revision]`` if it is not cached."""
+    """The local folder, or GGUF file, of a model.
+
+    Fetches ``hf://org/name[@revision]`` if it is not cached.
+    """
     if name is None:
         return BUNDLED
     if name.startswith("hf://"):
         return fetch_model(name)
     path = Path(name)
+    if path.is_file() and path.suffix == ".gguf":
+        return path
     if path.is_file() and path.suffix in (".safetensors", ".json"):
         path = path.parent
     if not path.is_dir():
         hint = f"; for the Hub write hf://{name}" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
         raise InputError(f"no such folder{hint}", name)
-    if not (path / "config.json").is_file():
-        raise InputError("has no config.json", name)
+    if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
+        raise InputError("has no config.json and no GGUF file", name)
     return path
 
 

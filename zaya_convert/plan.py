@@ -19,15 +19,13 @@ from zaya_convert.checkpoint import Checkpoint, TensorInfo
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.export import Packing, packing
 from zaya_convert.export.arrays import Array, Region
-from zaya_convert.layout import TensorKey
-from zaya_convert.recipe import Recipe, unmatched
+from zaya_convert.layout import PART_BY_NAME, TensorKey
+from zaya_convert.recipe import Recipe, Rule, unmatched
 from zaya_quant.methods import METHODS
-from zaya_quant.spec import QuantSpec
+from zaya_quant.spec import Spec, fitting
 
 if TYPE_CHECKING:
     from zaya_convert.stats import Stats
-
-DEFAULT_SHARD_BYTES = 2_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +41,7 @@ class Step:
     """
 
     key: TensorKey
-    spec: QuantSpec | None
+    spec: Spec | None
     method: str
     regions: Mapping[str, Region]
     copy: bool
@@ -62,7 +60,7 @@ class Plan:
     packing: str
     steps: tuple[Step, ...]
     arrays: tuple[Array, ...]
-    shard_bytes: int = DEFAULT_SHARD_BYTES
+    shard_bytes: int | None = None  # largest weight file; None leaves it to the format
     origin: str = ""
     stats: Stats | None = None
     allocation: Mapping[str, Any] | None = None  # how bits were chosen, for the manifest
@@ -119,7 +117,7 @@ def make_plan(
     source: Checkpoint,
     recipe: Recipe | None,
     packing_name: str,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    shard_bytes: int | None = None,
     origin: str = "",
 ) -> Plan:
     """Plan a conversion.
@@ -132,20 +130,47 @@ def make_plan(
         InputError: everything the packing cannot hold, and every unknown method.
     """
     quantized = any(info.spec for info in source.infos.values())
-    if recipe is not None and (quantized or source.manifest.get("recipe")):
+    rounds = recipe is not None and recipe.quantizes
+    if rounds and (quantized or source.manifest.get("recipe")):
         raise UsageError(
             f"{source.path.name} is quantized already, and rounding twice costs quality; "
             "use `export` to change its format, or quantize the original"
         )
     target = packing(packing_name)
     problems = unmatched(recipe, source.infos) if recipe else []
-    if len({window for window in source.config.windows if window}) > 1:
-        problems.append("layers have windows of different sizes, which config.json cannot say")
+    problems += target.model_problems(source.config)
+    if problems:
+        raise InputError(problems, f"{packing_name} cannot hold this plan")
     steps = [_step(source, info, recipe, target, problems) for info in source.infos.values()]
     if problems:
         raise InputError(problems, f"{packing_name} cannot hold this plan")
-    arrays = tuple({r.array.name: r.array for s in steps for r in s.regions.values()}.values())
+    arrays = _arrays(steps, packing_name)
     return Plan(source, recipe, packing_name, tuple(steps), arrays, shard_bytes, origin)
+
+
+def _arrays(steps: list[Step], packing_name: str) -> tuple[Array, ...]:
+    """The output's arrays; steps that share one must agree on it."""
+    found: dict[str, Array] = {}
+    problems: dict[str, None] = {}
+    for step in steps:
+        for region in step.regions.values():
+            other = found.setdefault(region.array.name, region.array)
+            if other != region.array:
+                line = (
+                    f"{other.name} holds several matrices, which the recipe wants as "
+                    f"{other.dtype} and as {region.array.dtype}; give all its experts one type"
+                )
+                problems[line] = None
+    if problems:
+        raise InputError(list(problems), f"{packing_name} cannot hold this plan")
+    return tuple(found.values())
+
+
+def _method(rule: Rule, key: TensorKey) -> str:
+    """A rule's method; embeddings are not calibrated, and fall back on searched rounding."""
+    known = METHODS.get(rule.method)
+    embedding = PART_BY_NAME[key.part].role == "embedding"
+    return "rtn" if embedding and known and known.needs else rule.method
 
 
 def _step(
@@ -157,7 +182,10 @@ def _step(
 ) -> Step:
     rule = recipe.rule_for(info.key) if recipe else None
     spec = rule.spec if rule else info.spec
-    method = rule.method if rule else ""
+    method = _method(rule, info.key) if rule else ""
+    dtype = recipe.float_type(info.key) if recipe else ""
+    if spec is not None and (dtype or rule):
+        spec = None if dtype else fitting(spec, info.shape[1])
     if rule and method not in METHODS:
         problems.append(f"{info.key}: no method {method!r}; there are {', '.join(METHODS)}")
     if spec is not None:
@@ -165,7 +193,7 @@ def _step(
         if found:
             problems.extend(f"{info.key}: {problem}" for problem in found)
             return Step(info.key, spec, method, {}, copy=False)
-    regions = target.regions(info, spec, source.config)
-    same = all(region.array.dtype == info.dtype for region in regions.values())
-    copy = spec is None and same and info.key not in source.scaling
+    regions = target.regions(info, spec, source.config, dtype)
+    plain = info.plain and [*regions] == [""]
+    copy = plain and regions[""].array.dtype == info.dtype and info.key not in source.scaling
     return Step(info.key, spec, method, regions, copy)

@@ -48,9 +48,19 @@ class Workspace:
     partial: Path
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def publish(self) -> None:
-        """Make everything durable and give it its final name."""
+    def publish(self, single: str | None = None) -> None:
+        """Make everything durable and give it its final name.
+
+        Args:
+            single: the one file to publish, which replaces what stands there; None for the folder.
+        """
         with io_errors(self.out):
+            if single is not None:
+                _fsync(self.partial / single)
+                (self.partial / single).rename(self.out)
+                _fsync(self.out.parent)
+                empty(self.partial)
+                return
             (self.partial / JOURNAL).unlink(missing_ok=True)
             for path in self.partial.iterdir():
                 _fsync(path)
@@ -103,7 +113,8 @@ def workspace(
     Args:
         fingerprint: digest of everything that determines the output's bytes.
         needed_bytes: size of the finished output, checked against the disk before work begins.
-        marker: a file that every output holds; nothing else is ever replaced.
+        marker: a file that every output folder holds, "" when the output is a GGUF file; nothing
+            else is ever replaced.
 
     Raises:
         OutputExistsError: the output exists (without ``overwrite``) or another run writes it.
@@ -160,12 +171,21 @@ def _check_free(out: Path, marker: str, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputExistsError(f"{out} exists; choose another -o, or pass --overwrite")
-    ours = out.is_dir() and ((out / marker).is_file() or not any(out.iterdir()))
+    if marker:
+        ours = out.is_dir() and ((out / marker).is_file() or not any(out.iterdir()))
+    else:
+        ours = out.is_file() and _begins(out, b"GGUF")
     if not ours:
+        lacks = f"it has no {marker}" if marker else "it is no GGUF file"
         raise OutputExistsError(
-            f"{out} exists and is not an artifact (it has no {marker}); --overwrite replaces "
+            f"{out} exists and is not an artifact ({lacks}); --overwrite replaces "
             "nothing else, so choose another -o"
         )
+
+
+def _begins(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
 
 
 @contextmanager

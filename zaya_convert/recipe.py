@@ -13,10 +13,17 @@
     match = "attention"
     keep = true            # leave as floats
 
+    [[rules]]
+    match = "embedding"
+    type = "Q6_K"          # a ggml block type instead of bits, group and symmetry (GGUF only),
+                           # or F32, F16, BF16: leave as floats of that type
+
     [budget]               # optional: choose bits per matrix so that everything fits a device
     memory = "6GB"         # weights, keys and values, states and the runtime together
     context = 8192         # tokens
     runtime = "400MB"      # code, buffers, logits
+
+    floats = "F16"         # optional, at the top: type of the router's matrices in GGUF
 
 Tensors that no rule matches stay floats. The router path, convolutions, norms, scales and
 temperatures can never be matched: quantizing them costs far more than it saves.
@@ -36,12 +43,15 @@ from typing import TYPE_CHECKING, Any
 
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.layout import PART_BY_NAME, TensorKey
-from zaya_quant.spec import QuantSpec
+from zaya_quant.spec import BLOCK_TYPES, QuantSpec, Spec, spec_of_type
 
 if TYPE_CHECKING:
     from zaya_convert.config import ModelConfig
 
+FLOAT_TYPES = ("F32", "F16", "BF16")
 ROLES = {"experts": "expert", "attention": "attention", "embedding": "embedding"}
+
+TYPES = (*FLOAT_TYPES, *BLOCK_TYPES)
 
 _UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -57,7 +67,10 @@ _LAYERS, _EXPERTS = 64, 32
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule. ``keep`` leaves the matched tensors as floats; the rest says how to quantize."""
+    """One rule. ``keep`` leaves the matched tensors as floats; the rest says how to quantize.
+
+    ``type`` names a ggml block type, whose grid replaces bits, group and symmetry, or a float type.
+    """
 
     match: str
     bits: int = 4
@@ -66,10 +79,15 @@ class Rule:
     scale_dtype: str = "float16"
     method: str = "rtn"
     keep: bool = False
+    type: str = ""
 
     @property
-    def spec(self) -> QuantSpec:
-        """What the rule asks for, without the method."""
+    def spec(self) -> Spec | None:
+        """What the rule asks for, without the method; None when it leaves floats."""
+        if self.keep or self.type in FLOAT_TYPES:
+            return None
+        if self.type:
+            return spec_of_type(self.type)
         return QuantSpec(self.bits, self.group_size, self.symmetric, self.scale_dtype)
 
     def matches(self, key: TensorKey) -> bool:
@@ -132,13 +150,29 @@ class Recipe:
     description: str
     rules: tuple[Rule, ...]
     budget: Budget | None = None
+    floats: str = ""
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether some rule asks for more than floats."""
+        return any(rule.spec for rule in self.rules)
 
     def rule_for(self, key: TensorKey) -> Rule | None:
         """The first rule that matches, or None when the tensor stays a float."""
+        rule = self._first(key)
+        return rule if rule and rule.spec else None
+
+    def float_type(self, key: TensorKey) -> str:
+        """The float type that the recipe wishes for a tensor, or ""."""
+        if PART_BY_NAME[key.part].role == "float":
+            return self.floats
+        rule = self._first(key)
+        return rule.type if rule and rule.spec is None else ""
+
+    def _first(self, key: TensorKey) -> Rule | None:
         if PART_BY_NAME[key.part].role == "float":
             return None
-        rule = next((r for r in self.rules if r.matches(key)), None)
-        return None if rule is None or rule.keep else rule
+        return next((rule for rule in self.rules if rule.matches(key)), None)
 
     def to_dict(self) -> dict[str, Any]:
         """As recorded in every artifact."""
@@ -164,10 +198,13 @@ def load(name: str) -> Recipe:
         UsageError: no such recipe. InputError: a recipe file with mistakes, all of them listed.
     """
     known = shipped()
-    path = known.get(name, Path(name))
+    if name.upper() in TYPES:
+        return for_type(name)
+    path = known.get(name.lower(), Path(name))
     if not path.is_file():
         raise UsageError(
-            f"no recipe {name!r}{_nearest(name, known)}; shipped recipes: {', '.join(known)}"
+            f"no recipe {name!r}{_nearest(name, (*known, *TYPES))}; shipped recipes: "
+            f"{', '.join(known)}; types: {', '.join(TYPES)}"
         )
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -178,7 +215,10 @@ def load(name: str) -> Recipe:
 
 def parse(raw: Mapping[str, Any], name: str, where: str) -> Recipe:
     """Check a recipe's fields; every mistake is reported, unknown keys with the nearest known."""
-    problems = _unknown(raw, ("description", "rules", "budget"), "")
+    problems = _unknown(raw, ("description", "rules", "budget", "floats"), "")
+    floats = raw.get("floats", "")
+    if floats not in ("", *FLOAT_TYPES):
+        problems.append(f"floats = {floats!r}; allowed: {', '.join(FLOAT_TYPES)}")
     entries = raw.get("rules", [])
     if not isinstance(entries, list) or not entries:
         problems.append("needs at least one [[rules]] table")
@@ -193,17 +233,20 @@ def parse(raw: Mapping[str, Any], name: str, where: str) -> Recipe:
     problems += found
     if problems:
         raise InputError(problems, where)
-    return Recipe(name, str(raw.get("description", "")), tuple(rules), budget)
+    return Recipe(name, str(raw.get("description", "")), tuple(rules), budget, floats)
 
 
 def to_toml(recipe: Recipe) -> str:
     """A recipe as a file that ``load`` reads; chosen bits replace a budget."""
     lines = [f"description = {_toml(recipe.description)}"]
+    if recipe.floats:
+        lines.append(f"floats = {_toml(recipe.floats)}")
     defaults = Rule("")
     for rule in recipe.rules:
         lines.append("\n[[rules]]")
         for name, value in asdict(rule).items():
-            if name in ("match", "bits") or value != getattr(defaults, name):
+            always = name == "match" or (name == "bits" and not rule.type)
+            if always or value != getattr(defaults, name):
                 lines.append(f"{name} = {_toml(value)}")
     return "\n".join(lines) + "\n"
 
@@ -224,12 +267,12 @@ def adjusted(
     for rule in recipe.rules:
         changes: dict[str, Any] = {}
         if bits is not None and _speaks_of_experts(rule):
-            changes["bits"] = bits
+            changes |= {"bits": bits, "type": ""}
         if group_size is not None:
-            changes["group_size"] = group_size
+            changes |= {"group_size": group_size, "type": ""}
         if method is not None:
             changes["method"] = method
-        rules.append(rule if rule.keep else replace(rule, **changes))
+        rules.append(replace(rule, **changes) if rule.spec else rule)
     return replace(recipe, rules=tuple(rules))
 
 
@@ -237,6 +280,24 @@ def for_bits(bits: int) -> Recipe:
     """The recipe behind a plain ``--bits N``."""
     exact = f"int{bits}"
     return load(exact) if exact in shipped() else adjusted(load("int4"), bits=bits)
+
+
+def for_type(name: str) -> Recipe:
+    """The recipe behind a ggml type: all matrices of that type, embedding and head as below.
+
+    The embedding is the tied head too, so that it gets no less than 6 bits, as llama.cpp has it.
+    """
+    kind = name.upper()
+    if kind in FLOAT_TYPES:
+        rules = tuple(Rule(role, type=kind) for role in ROLES)
+        return Recipe(kind, f"{kind} for all matrices", rules, floats=kind)
+    embedding = kind if kind in ("Q8_0", "Q6_K") else "Q6_K"
+    rules = (
+        Rule("experts", type=kind, method="gptaq"),
+        Rule("attention", type=kind, method="gptaq"),
+        Rule("embedding", type=embedding),
+    )
+    return Recipe(kind, f"{kind} for experts and attention", rules, floats="F16")
 
 
 def unmatched(recipe: Recipe, keys: Iterable[TensorKey]) -> list[str]:
@@ -269,7 +330,7 @@ def _rule_problems(entry: object, where: str) -> list[str]:
         return [f"{where}must be a table"]
     problems = _unknown(entry, fields, where)
     types = {"match": str, "bits": int, "group_size": int, "symmetric": bool, "keep": bool,
-             "scale_dtype": str, "method": str}  # fmt: skip
+             "scale_dtype": str, "method": str, "type": str}  # fmt: skip
     problems += [
         f"{where}{name} = {entry[name]!r} must be of type {kind.__name__}"
         for name, kind in types.items()
@@ -279,6 +340,11 @@ def _rule_problems(entry: object, where: str) -> list[str]:
         return problems
     if "match" not in entry:
         problems.append(f"{where}match is missing")
+    kind = entry.get("type", "")
+    if kind not in ("", *TYPES):
+        return [*problems, f"{where}type = {kind!r}; allowed: {', '.join(TYPES)}"]
+    if kind and {"bits", "group_size", "symmetric", "scale_dtype", "keep"} & set(entry):
+        problems.append(f"{where}type says it all; leave out bits, group and the like")
     try:
         _ = Rule(**{"match": "", **entry}).spec
     except ValueError as error:

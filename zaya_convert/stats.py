@@ -9,6 +9,9 @@ Arrays (L layers, E experts): ``tokens.ids`` int32 [n], ``tokens.lengths`` int32
 ``counts`` int64 [L, E + 1] (the last column is the skip expert), and for each layer i and site s
 of ``runtime.walk.SITES`` ``layers.i.s.second_moment`` and ``.absmax``, fp32 [in] or, in experts,
 [E, in]. With sensitivity, also ``layers.i.PART.sensitivity``, fp32 [out] or [E, out].
+
+What ``imatrix.read`` makes of an imatrix of llama.cpp's is less: no token ids and no ``absmax``
+(``moments_only``).
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from zaya_convert.checkpoint import Checkpoint
+from zaya_convert.config import ModelConfig
 from zaya_convert.errors import InputError
 from zaya_convert.headers import read_header
 from zaya_convert.layout import TensorKey
@@ -35,6 +39,7 @@ from zaya_quant.stats import InputStats
 
 SCHEMA = "1"
 SUFFIX = ".safetensors"
+EXPERT_SITES = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,13 @@ class Stats:
 
     @property
     def sequences(self) -> list[Tensor]:
-        """The token ids, int64 [T] each."""
+        """The token ids, int64 [T] each.
+
+        Raises:
+            InputError: an imatrix, which holds none.
+        """
+        if self.moments_only:
+            raise InputError("holds second moments only, no tokens to run the model on", "imatrix")
         if not self._sequences:
             lengths = self.arrays["tokens.lengths"].tolist()
             self._sequences.extend(self.arrays["tokens.ids"].long().split(lengths))
@@ -63,7 +74,12 @@ class Stats:
     @property
     def tokens(self) -> int:
         """Number of tokens."""
-        return len(self.arrays["tokens.ids"])
+        return int(self.facts["tokens"]) if self.moments_only else len(self.arrays["tokens.ids"])
+
+    @property
+    def moments_only(self) -> bool:
+        """Whether they come from an imatrix: no ids, so nothing can be run on the same tokens."""
+        return not len(self.arrays["tokens.ids"])
 
     @property
     def counts(self) -> Tensor:
@@ -117,22 +133,24 @@ class Stats:
         return values if key.expert < 0 else values[key.expert]
 
     def check_fits(self, checkpoint: Checkpoint) -> None:
-        """Refuse statistics of another model.
+        """Refuse statistics of another model; of an imatrix by others, only shapes are known.
 
         Raises:
             InputError: shapes or the source differ.
         """
         config, ids = checkpoint.config, self.arrays["tokens.ids"]
         expected = (config.layers, config.experts + 1)
-        widths = dict(zip(SITES, (config.hidden, config.heads * config.head_dim), strict=False))
-        widths |= {"gate_up_proj": config.hidden, "down_proj": config.expert_width}
         fits = tuple(self.counts.shape) == expected and all(
             self.arrays[f"layers.{layer}.{site}.second_moment"].shape[-1] == width
             for layer in range(config.layers)
-            for site, width in widths.items()
+            for site, width in widths(config).items()
         )
-        fits = fits and 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_rows
-        if not fits or self.facts.get("model") != identity(checkpoint):
+        if not self.moments_only:
+            fits = fits and 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_rows
+        model = self.facts.get("model")
+        if model or not self.moments_only:
+            fits = fits and model == identity(checkpoint)
+        if not fits:
             raise InputError(
                 "was made from another model (or another copy of it); calibrate this one",
                 "calibration",
@@ -141,12 +159,7 @@ class Stats:
     def write(self, path: Path) -> Stats:
         """Write the file, atomically; returns it with its digest."""
         data = self.serialise()
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        write_whole(path, data)
         return Stats(self.arrays, self.facts, hashlib.sha256(data).hexdigest())
 
     def serialise(self) -> bytes:
@@ -164,6 +177,30 @@ class Stats:
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         raw += b" " * (-len(raw) % 8)
         return len(raw).to_bytes(8, "little") + raw + data[end:]
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file such that its name never stands for less than all of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def widths(config: ModelConfig) -> dict[str, int]:
+    """Input channels of every site."""
+    return {
+        "qkv_proj": config.hidden,
+        "o_proj": config.heads * config.head_dim,
+        "gate_up_proj": config.hidden,
+        "down_proj": config.expert_width,
+    }
 
 
 def read(path: Path) -> Stats:
@@ -210,6 +247,8 @@ def _check(stats: Stats) -> None:
     lengths, ids = stats.arrays["tokens.lengths"], stats.arrays["tokens.ids"]
     if int(lengths.sum()) != len(ids) or bool((lengths < 1).any()) or not stats.min_tokens >= 0:
         raise ValueError("lengths do not add up")
+    if not len(ids):
+        raise ValueError("no tokens")
     if bool((stats.counts < 0).any()):
         raise ValueError("negative counts")
     for name in ("description", "tokens_digest", "model", "rounds", "not_finite"):
@@ -218,7 +257,7 @@ def _check(stats: Stats) -> None:
         for site in SITES:
             for kind in ("second_moment", "absmax"):
                 array = stats.arrays[f"layers.{layer}.{site}.{kind}"]
-                experts = site in ("gate_up_proj", "down_proj")
+                experts = site in EXPERT_SITES
                 if array.ndim != 1 + experts or (experts and len(array) != classes - 1):
                     raise ValueError(f"{site} of layer {layer} has shape {list(array.shape)}")
                 if not bool(torch.isfinite(array).all()) or bool((array < 0).any()):

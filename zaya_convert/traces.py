@@ -37,8 +37,8 @@ def self_generated(
     Args:
         length: of the longest trace, its prompt included.
     """
-    has_tokenizer = (checkpoint.path / "tokenizer.json").is_file()
-    stop = Tokenizer.load(checkpoint.path).stop_ids if has_tokenizer else ()
+    has_tokenizer = checkpoint.has_tokenizer
+    stop = Tokenizer.of(checkpoint).stop_ids if has_tokenizer else ()
     model = Model(checkpoint, resident=checkpoint.bytes <= _RESIDENT_BYTES, exact=False)
     limit = min(length, checkpoint.config.max_positions)
     prompts = [ids[: min(_PROMPT, limit // 2)] for ids in documents.ids if len(ids) > 1]

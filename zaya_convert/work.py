@@ -2,7 +2,8 @@
 
 A record is what the journal keeps of a finished step, and what the manifest is made of:
 ``source`` (sha256 of the tensor as it was read), ``written`` (sha256 of each region), ``widened``
-(its scales had to be bf16) and ``fallback`` (why it was rounded without calibration, or "").
+(its scales had to be bf16), ``narrow`` (they should be, but the packing holds fp16 only) and
+``fallback`` (why it was rounded without calibration, or "").
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import torch
 from zaya_convert.checkpoint import TensorInfo, torch_dtype
 from zaya_convert.errors import InputError
 from zaya_convert.export import packing
-from zaya_convert.export.safetensors import ShardSet
+from zaya_convert.export.container import PlannedFiles
 from zaya_convert.plan import Plan, Step
 from zaya_quant.methods import METHODS, method
-from zaya_quant.qtensor import QuantTensor
-from zaya_quant.spec import QuantSpec
+from zaya_quant.qtensor import Quantized, QuantTensor
+from zaya_quant.spec import QuantSpec, Spec
 from zaya_quant.stats import InputStats
 
 _FP16_NORMAL = 2.0**-14
@@ -34,7 +35,7 @@ class Worker:
     """Carries out steps; safe from any thread."""
 
     plan: Plan
-    shards: ShardSet
+    files: PlannedFiles
 
     def run(self, step: Step) -> Record:
         """A step that needs nothing but its own tensor (and second moments, if its method does).
@@ -50,12 +51,11 @@ class Worker:
         if step.key in self.plan.source.scaling:
             value = self.plan.source.scaling[step.key].of(value)
         if step.spec is None:
-            assert isinstance(value, torch.Tensor)
-            check_finite(value.flatten(), info)
+            value = self._floats(step, value)
         elif isinstance(value, torch.Tensor):
             return self.finish(step, self.quantize(step, value, self._known(step)), digest)
         else:
-            check_finite(value.scales.flatten(), info)
+            check_finite(value.parameters(), info)
         return self._write(step, value, digest, widened=False)
 
     def check(self, step: Step) -> str:
@@ -69,7 +69,25 @@ class Worker:
         check_finite(value.flatten(), self.plan.source.infos[step.key])
         return sha256(value)
 
-    def quantize(self, step: Step, weight: torch.Tensor, stats: InputStats | None) -> QuantTensor:
+    def _floats(self, step: Step, value: torch.Tensor | Quantized) -> torch.Tensor:
+        """A float tensor in the dtype it is stored in.
+
+        Raises:
+            InputError: values that are not finite, or not in that dtype.
+        """
+        info = self.plan.source.infos[step.key]
+        dtype = next(iter(step.regions.values())).array.dtype
+        if not isinstance(value, torch.Tensor):
+            check_finite(value.parameters(), info)
+            value = value.dequantize()
+        check_finite(value.flatten(), info)
+        result = value.to(torch_dtype(dtype))
+        if not bool(torch.isfinite(result).all()):
+            largest = float(value.abs().max())
+            raise InputError(f"{where(info)}: {largest:g} does not fit {dtype}; use BF16 or F32")
+        return result
+
+    def quantize(self, step: Step, weight: torch.Tensor, stats: InputStats | None) -> Quantized:
         """Quantize one matrix, with bf16 scales where fp16 would overflow or lose them.
 
         A method whose statistics are missing gives way to ``rtn``.
@@ -78,37 +96,39 @@ class Worker:
         info = self.plan.source.infos[step.key]
         needs = METHODS[step.method].needs
         run = method(step.method if stats is not None or not needs else "rtn")
-        spec: QuantSpec = step.spec
+        spec, result = step.spec, None
         try:
             result = run(weight, spec, stats)
         except ValueError:
             check_finite(weight.flatten(), info)
-            result = None
-        if spec.scale_dtype == "float16" and (result is None or _too_small(result)):
-            spec, result = replace(spec, scale_dtype="bfloat16"), None
+        wider = self._wider(info, spec)
+        if wider is not None and (result is None or _too_small(result)):
+            spec, result = wider, None
         try:
             return result or run(weight, spec, stats)
         except ValueError as error:
             raise InputError(f"{where(info)}: {error}") from None
 
-    def again(self, step: Step, weight: torch.Tensor) -> QuantTensor:
+    def _wider(self, info: TensorInfo, spec: Spec) -> Spec | None:
+        """The spec with bf16 scales, if the packing can hold such."""
+        if not isinstance(spec, QuantSpec) or spec.scale_dtype != "float16":
+            return None
+        wider = replace(spec, scale_dtype="bfloat16")
+        return None if packing(self.plan.packing).problems(info, wider) else wider
+
+    def again(self, step: Step, weight: torch.Tensor) -> Quantized:
         """What ``run`` made, or will make, of a step's matrix."""
         return self.quantize(step, weight, self._known(step))
 
-    def finish(self, step: Step, value: QuantTensor, digest: str, fallback: str = "") -> Record:
-        """Write what ``quantize`` made.
-
-        Raises:
-            InputError: the packing cannot hold the scales that the matrix needs.
-        """
-        info = self.plan.source.infos[step.key]
+    def finish(self, step: Step, value: Quantized, digest: str, fallback: str = "") -> Record:
+        """Write what ``quantize`` made."""
         widened = value.spec != step.spec
-        if widened and (found := packing(self.plan.packing).problems(info, value.spec)):
-            raise InputError([f"{where(info)} needs wider scales: {p}" for p in found])
+        narrow = not widened and isinstance(value, QuantTensor) and _too_small(value)
         needs = METHODS[step.method].needs if step.method else ""
         if needs and not fallback and self._uncovered(step):
             fallback = NO_TOKENS
-        return self._write(step, value, digest, widened) | {"fallback": fallback}
+        record = self._write(step, value, digest, widened)
+        return record | {"narrow": narrow, "fallback": fallback}
 
     def _known(self, step: Step) -> InputStats | None:
         stats = self.plan.stats
@@ -131,18 +151,19 @@ class Worker:
         for chunk in self.plan.source.chunks(step.key):
             check_finite(torch.frombuffer(chunk, dtype=torch_dtype(info.dtype)), info, offset)
             digest.update(chunk)
-            self.shards.write(region, chunk, offset)
+            self.files.write(region, chunk, offset)
             offset += len(chunk)
         found = digest.hexdigest()
         return _record(step, found, [found])
 
     def _write(
-        self, step: Step, value: torch.Tensor | QuantTensor, digest: str, widened: bool
+        self, step: Step, value: torch.Tensor | Quantized, digest: str, widened: bool
     ) -> Record:
-        encoded = packing(self.plan.packing).encode(value)
+        info = self.plan.source.infos[step.key]
+        encoded = packing(self.plan.packing).encode(info, value)
         components = {name: view(tensor) for name, tensor in encoded.items()}
         for name, data in components.items():
-            self.shards.write(step.regions[name], data)
+            self.files.write(step.regions[name], data)
         written = [hashlib.sha256(components[name]).hexdigest() for name in step.regions]
         return _record(step, digest, written) | {"widened": widened}
 
@@ -150,11 +171,11 @@ class Worker:
 def _record(step: Step, source: str, written: list[str]) -> Record:
     return {
         "step": str(step.key), "source": source, "written": written, "widened": False,
-        "fallback": "",
+        "narrow": False, "fallback": "",
     }  # fmt: skip
 
 
-def _too_small(value: QuantTensor) -> bool:
+def _too_small(value: Quantized) -> bool:
     """Whether some row has only scales below fp16's normal range, and so few bits in them.
 
     A subnormal scale beside normal ones of its row does no harm: its absolute error is far below

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zaya_quant.qtensor import QuantTensor
+from zaya_quant.qtensor import Quantized
 
-Weight = Tensor | QuantTensor
+Weight = Tensor | Quantized
 
 # Rows of one expert computed at once. It bounds the intermediate [rows, 2F] when routing is skewed.
 ROWS = 4096

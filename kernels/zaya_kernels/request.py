@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from zaya_quant.spec import QuantSpec
+    from zaya_quant.spec import Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,6 @@ class Request:
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
-    spec: QuantSpec | None = None
+    spec: Spec | None = None
     observed: bool = False
     exact: bool = False

@@ -1,15 +1,10 @@
 // Entry points, and the choice of an instruction set at run time.
 #include <cstdint>
 
+#include "isa.h"
 #include "zaya_quant.h"
 
 namespace zq {
-
-namespace base { Result quantize(const Request& request); }
-#if defined(ZQ_X86_KERNELS)
-namespace avx2 { Result quantize(const Request& request); }
-namespace avx512 { Result quantize(const Request& request); }
-#endif
 
 static int32_t best_isa() {
 #if defined(ZQ_X86_KERNELS)
@@ -54,21 +49,13 @@ static int64_t absmax_span(const Bits* weight, Bits mask, Bits infinity, int64_t
 }  // namespace zq
 
 // Raised with every change of a signature or a struct; native.py refuses another number.
-ZQ_EXPORT int32_t zq_abi_version() { return 1; }
+ZQ_EXPORT int32_t zq_abi_version() { return 2; }
 
 ZQ_EXPORT int32_t zq_best_isa() { return zq::best_isa(); }
 
 // `isa` must not exceed zq_best_isa(); all give the same bits.
 ZQ_EXPORT int32_t zq_quantize(const zq::Request* request, int32_t isa, int64_t* index) {
-    zq::Result result{};
-#if defined(ZQ_X86_KERNELS)
-    if (isa == zq::kAvx512) result = zq::avx512::quantize(*request);
-    else if (isa == zq::kAvx2) result = zq::avx2::quantize(*request);
-    else result = zq::base::quantize(*request);
-#else
-    (void)isa;
-    result = zq::base::quantize(*request);
-#endif
+    const zq::Result result = ZQ_DISPATCH(isa, quantize, *request);
     *index = result.index;
     return result.status;
 }

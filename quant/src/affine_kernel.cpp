@@ -12,8 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "simd.h"
-#include "zaya_quant.h"
+#include "weights.h"
 
 namespace zq {
 namespace ZQ_ISA_NAMESPACE {
@@ -22,51 +21,7 @@ namespace {
 constexpr int kSumLanes = 16;  // LANES of affine.py
 constexpr float kSmallestScale = 0x1p-126f;
 
-// ---- types of weights and scales -------------------------------------------------------------
-
-ZQ_INLINE V widen(U raw, int32_t dtype) {
-    if (dtype == kBFloat16) return from_bits(raw << 16);
-    // fp16: 2^112 moves the exponent bias from 15 to 127, exactly, subnormals included.
-    const V value = from_bits((raw & 0x7FFFu) << 13) * 0x1p112f;
-    const I special = (raw & 0x7C00u) == 0x7C00u;
-    const U bits = to_bits(value) | ((raw & 0x8000u) << 16);
-    return from_bits(bits | ((U)special & 0x7F800000u));
-}
-
-// Elements start .. start + W - 1 of a group with `length` of them; zeros beyond.
-template <int DTYPE>
-ZQ_INLINE V load(const void* group, int64_t start, int64_t length) {
-    const int64_t left = length - start;
-    if (DTYPE == kFloat32) {
-        V x{};
-        const float* source = static_cast<const float*>(group) + start;
-        if (left >= W) std::memcpy(&x, source, sizeof x);
-        else if (left > 0) std::memcpy(&x, source, 4 * left);
-        return x;
-    }
-    H x{};
-    const uint16_t* source = static_cast<const uint16_t*>(group) + start;
-    if (left >= W) std::memcpy(&x, source, sizeof x);
-    else if (left > 0) std::memcpy(&x, source, 2 * left);
-    return widen(zero_extend(x), DTYPE);
-}
-
-// Round to nearest even in the type of the scales; what overflows compares as unusable.
-ZQ_INLINE V round_scale(V scale, int32_t dtype) {
-    if (dtype == kFloat32) return scale;
-    const U bits = to_bits(scale);
-    if (dtype == kBFloat16) return from_bits((bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u);
-    const V normal = from_bits((bits + 0xFFFu + ((bits >> 13) & 1u)) & 0xFFFFE000u);
-    // Below 2^-14 fp16 counts in steps of 2^-24, the spacing of float32 in [0.5, 1).
-    const V size = magnitude(scale);
-    const V subnormal = from_bits(to_bits((size + 0.5f) - 0.5f) | (bits & 0x80000000u));
-    return select(size < splat(0x1p-14f), subnormal, normal);
-}
-
-ZQ_INLINE float largest_scale(int32_t dtype) {
-    if (dtype == kFloat16) return 65504.0f;
-    return dtype == kBFloat16 ? 0x1.FEp127f : 0x1.FFFFFEp127f;
-}
+// ---- scales -------------------------------------------------------------------------------------
 
 void store_scale(void* scales, int64_t index, float scale, int32_t dtype) {
     uint32_t bits;
@@ -76,42 +31,11 @@ void store_scale(void* scales, int64_t index, float scale, int32_t dtype) {
     } else if (dtype == kBFloat16) {
         static_cast<uint16_t*>(scales)[index] = static_cast<uint16_t>(bits >> 16);
     } else {
-        // Already rounded, so both branches are exact.
-        const float size = scale < 0 ? -scale : scale;
-        const uint32_t sign = (bits >> 16) & 0x8000u;
-        const uint32_t half = size < 0x1p-14f ? static_cast<uint32_t>(size * 0x1p24f)
-                                              : ((bits & 0x7FFFFFFFu) - 0x38000000u) >> 13;
-        static_cast<uint16_t*>(scales)[index] = static_cast<uint16_t>(sign | half);
+        static_cast<uint16_t*>(scales)[index] = half_bits(scale);
     }
 }
 
 // ---- one tile ---------------------------------------------------------------------------------
-
-// Sums in the order of the reference.  The loops are unrolled so that `lane` stays in registers.
-struct Sum {
-    V lane[kSumLanes];
-
-    ZQ_INLINE void add(bool first, int i, V x) { lane[i] = first ? x : lane[i] + x; }
-
-    template <int HALF = kSumLanes / 2>
-    ZQ_INLINE V fold() {
-#pragma GCC unroll 16
-        for (int i = 0; i < HALF; i++) lane[i] = lane[i] + lane[i + HALF];
-        if constexpr (HALF > 1) return fold<HALF / 2>();
-        else return lane[0];
-    }
-};
-
-// Calls body(first, lane, element) for every element of a tile.
-template <typename Body>
-ZQ_INLINE void each(int64_t padded, Body body) {
-#pragma GCC unroll 16
-    for (int lane = 0; lane < kSumLanes; lane++) body(true, lane, lane);
-    for (int64_t start = kSumLanes; start < padded; start += kSumLanes) {
-#pragma GCC unroll 16
-        for (int lane = 0; lane < kSumLanes; lane++) body(false, lane, start + lane);
-    }
-}
 
 struct Tile {
     V* values;            // [padded]: normalised weights, wp
@@ -140,8 +64,8 @@ struct Codes {
 
 template <bool WEIGHTED, bool HIGH = true, bool LOW = true>
 ZQ_INLINE V error_of(const Tile& tile, V normal, V inverse, Codes codes) {
-    Sum sum;
-    each(tile.padded, [&](bool first, int lane, int64_t i) ZQ_LAMBDA {
+    Sum<kSumLanes> sum;
+    each<kSumLanes>(tile.padded, [&](bool first, int lane, int64_t i) ZQ_LAMBDA {
         const V w = tile.values[i];
         const V rest = w - codes.of<HIGH, LOW>(w, inverse) * normal;
         const V square = rest * rest;
@@ -155,8 +79,8 @@ template <bool WEIGHTED>
 ZQ_INLINE V least_squares(const Tile& tile, const Best& best, Codes codes) {
     const I unset = best.normal == 0.0f;
     const V inverse = select(unset, splat(0.0f), 1.0f / select(unset, splat(1.0f), best.normal));
-    Sum above, below;
-    each(tile.padded, [&](bool first, int lane, int64_t i) ZQ_LAMBDA {
+    Sum<kSumLanes> above, below;
+    each<kSumLanes>(tile.padded, [&](bool first, int lane, int64_t i) ZQ_LAMBDA {
         const V w = tile.values[i];
         const V k = codes.of(w, inverse);
         above.add(first, lane, WEIGHTED ? w * k * tile.importance[i] : w * k);
@@ -245,13 +169,9 @@ ZQ_INLINE bool fill(Tile& tile, const Groups& groups) {
         if (poison[i] != poison[i]) return false;
     tile.absmax = magnitude(vmax(-low, high));
     tile.low_side = select(-low >= high, splat(1.0f), splat(-1.0f));
-    I exponent = (I)(to_bits(tile.absmax) >> 23) - 127;
-    exponent = exponent < -126 ? I{} - 126 : exponent;
-    exponent = exponent > 126 ? I{} + 126 : exponent;
-    tile.p = from_bits((U)((127 - exponent) << 23));
-    tile.power = from_bits((U)((127 + exponent) << 23));
-    Sum sum;
-    each(tile.padded, [&](bool first, int lane, int64_t i) ZQ_LAMBDA {
+    powers_of(tile.absmax, tile.p, tile.power);
+    Sum<kSumLanes> sum;
+    each<kSumLanes>(tile.padded, [&](bool first, int lane, int64_t i) ZQ_LAMBDA {
         const V w = tile.values[i] * tile.p;
         tile.values[i] = w;
         sum.add(first, lane, w * w);
@@ -281,22 +201,6 @@ ZQ_INLINE void write_codes(const Request& r, const Tile& tile, const Best& best,
             else std::memcpy(groups.codes[i] + start, &bytes, left);
         }
     }
-}
-
-int64_t first_non_finite(const void* weight, int32_t dtype, int64_t count) {
-    for (int64_t i = 0; i < count; i++) {
-        bool bad;
-        if (dtype == kFloat32) {
-            uint32_t bits;
-            std::memcpy(&bits, static_cast<const char*>(weight) + 4 * i, 4);
-            bad = (bits & 0x7F800000u) == 0x7F800000u;
-        } else {
-            const uint16_t mask = dtype == kBFloat16 ? 0x7F80 : 0x7C00;
-            bad = (static_cast<const uint16_t*>(weight)[i] & mask) == mask;
-        }
-        if (bad) return i;
-    }
-    return -1;
 }
 
 template <int DTYPE, bool WEIGHTED>

@@ -35,7 +35,7 @@ typedef int8_t B __attribute__((vector_size(W)));
 #define ZQ_INLINE inline __attribute__((always_inline))
 #define ZQ_LAMBDA __attribute__((always_inline))
 
-ZQ_INLINE V splat(float x) { return V{} + x; }
+ZQ_INLINE V splat(float x) { return x - V{}; }  // keeps -0
 ZQ_INLINE V select(I mask, V yes, V no) { return mask ? yes : no; }
 ZQ_INLINE V from_bits(U bits) { V x; std::memcpy(&x, &bits, sizeof x); return x; }
 ZQ_INLINE U to_bits(V x) { U bits; std::memcpy(&bits, &x, sizeof x); return bits; }

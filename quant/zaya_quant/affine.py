@@ -169,7 +169,7 @@ def round_with_scales(
     check_weight(weight)
     columns = weight.shape[1]
     scale = scales.to(torch.float32)
-    p = _inverse_power(scale.abs())
+    p = inverse_power(scale.abs())
     usable = scale.abs() >= _SMALLEST_SCALE
     inverse = torch.where(usable, 1 / torch.where(usable, scale * p, 1.0), 0.0)
     normal = weight.to(torch.float32) * expand_groups(p, spec, columns)
@@ -197,7 +197,7 @@ def scaled_importance(importance: Tensor, columns: int) -> Tensor:
     values = importance.detach().to(torch.float32).contiguous()
     if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
         raise ValueError("importance holds a negative or non-finite value")
-    return values * _inverse_power(values.max())
+    return values * inverse_power(values.max())
 
 
 @dataclass
@@ -216,7 +216,7 @@ class _Best:
 def _search(tile: Tensor, spec: QuantSpec, weigh: Tensor | None) -> _Best:
     low, high = torch.aminmax(tile, dim=2, keepdim=True)
     absmax = torch.maximum(-low, high)
-    p = _inverse_power(absmax)
+    p = inverse_power(absmax)
     best = _Best(
         tile=tile * p,
         p=p,
@@ -306,7 +306,7 @@ def _lane_sum(values: Tensor) -> Tensor:
     return total
 
 
-def _inverse_power(magnitude: Tensor) -> Tensor:
+def inverse_power(magnitude: Tensor) -> Tensor:
     """2^-e, e = floor(log2 magnitude) limited to -126..126 so that 2^e and 2^-e are normal."""
     exponent = (magnitude.contiguous().view(torch.int32) >> 23) - 127
     return ((127 - exponent.clamp(-126, 126)) << 23).view(torch.float32)

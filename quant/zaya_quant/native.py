@@ -1,4 +1,4 @@
-"""The native library: same numbers as ``affine`` and ``pack``, several times the speed.
+"""The native library: same numbers as the torch references, many times the speed.
 
 ``libzaya_quant`` has a plain C interface (``src/zaya_quant.h``) and is loaded with ctypes, which
 releases the interpreter lock during a call.  A call runs on the thread that makes it; to use more
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -21,13 +22,14 @@ from torch import Tensor
 import zaya_quant
 from zaya_quant import affine
 from zaya_quant.affine import RowErrors
-from zaya_quant.qtensor import SCALE_DTYPES, QuantTensor
-from zaya_quant.spec import QuantSpec
+from zaya_quant.qtensor import SCALE_DTYPES, BlockTensor, Quantized, QuantTensor
+from zaya_quant.spec import BLOCK_TYPES, QuantSpec
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _NAMES = ("libzaya_quant.so", "libzaya_quant.dylib", "zaya_quant.dll")
 ISAS = ("base", "avx2", "avx512")
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_BLOCK_CODES = {name: index for index, name in enumerate(BLOCK_TYPES)}
 _OK, _NON_FINITE, _NOT_REPRESENTABLE, _NO_MEMORY = range(4)
 
 
@@ -51,6 +53,47 @@ class _Request(ctypes.Structure):
         ("ratio_count", ctypes.c_int32),
         ("both_signs", ctypes.c_int32),
         ("refinements", ctypes.c_int32),
+    )
+
+
+class _BlockRequest(ctypes.Structure):
+    """``zq::BlockRequest``, field by field."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("sub_scales", ctypes.c_void_p),
+        ("sub_mins", ctypes.c_void_p),
+        ("importance", ctypes.c_void_p),
+        ("ratios", ctypes.c_void_p),
+        ("scale_ratios", ctypes.c_void_p),
+        ("minimum_ratios", ctypes.c_void_p),
+        ("reach", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("type", ctypes.c_int32),
+        ("ratio_count", ctypes.c_int32),
+        ("scale_count", ctypes.c_int32),
+        ("minimum_count", ctypes.c_int32),
+        ("turn_count", ctypes.c_int32),
+    )
+
+
+class _Blocks(ctypes.Structure):
+    """``zq::Blocks``, field by field."""
+
+    _fields_ = (
+        ("bytes", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("sub_scales", ctypes.c_void_p),
+        ("sub_mins", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("type", ctypes.c_int32),
     )
 
 
@@ -79,10 +122,7 @@ def quantize(
     affine.check_weight(weight)
     if not spec.symmetric:
         raise ValueError("the native library quantizes symmetric specs only")
-    best = _library().zq_best_isa()
-    chosen = best if isa is None else ISAS.index(isa)
-    if chosen > best:
-        raise ValueError(f"this machine cannot run {isa}; it can: {', '.join(ISAS[: best + 1])}")
+    chosen = _isa_code(isa)
     rows, columns = weight.shape
     weight = _host(weight)
     if importance is not None:
@@ -116,6 +156,58 @@ def quantize(
     status = _library().zq_quantize(ctypes.byref(request), chosen, ctypes.byref(index))
     _raise_for(status, index.value, columns, spec)
     return QuantTensor(codes, scales, None, spec), errors
+
+
+def search_blocks(
+    weight: Tensor,
+    value: BlockTensor,
+    importance: Tensor | None,
+    ratios: Sequence[float],
+    scales: Sequence[float],
+    minima: Sequence[float],
+    reach: Sequence[int],
+    isa: str | None = None,
+) -> None:
+    """Fill ``value`` with what ``block_search`` finds; ``importance`` is float32, contiguous."""
+    lists = [torch.tensor(values, dtype=torch.float32) for values in (ratios, scales, minima)]
+    turns = torch.tensor(reach, dtype=torch.int32)
+    request = _block_request(weight, value, value.spec.type)
+    request.importance = None if importance is None else importance.data_ptr()
+    request.ratios, request.scale_ratios, request.minimum_ratios = (t.data_ptr() for t in lists)
+    request.ratio_count, request.scale_count, request.minimum_count = map(len, lists)
+    request.reach, request.turn_count = turns.data_ptr(), len(turns)
+    _quantize_blocks(request, value, plain=False, isa=isa)
+
+
+def plain_blocks(weight: Tensor, value: Quantized, isa: str | None = None) -> None:
+    """Fill ``value`` with what ``blocks.absmax`` computes, for types of whole blocks of 32."""
+    request = _block_request(weight, value, value.spec.ggml_type)
+    _quantize_blocks(request, value, plain=True, isa=isa)
+
+
+def pack_blocks(value: Quantized, type: str, scales: Tensor) -> Tensor:
+    """``blocks.pack``, ``scales [out, blocks]`` those of the blocks of ``type``."""
+    weights, size = BLOCK_TYPES[type]
+    rows, columns = value.shape
+    packed = torch.empty((rows, columns // weights * size), dtype=torch.uint8)
+    held = [None if t is None else _host(t) for t in (value.codes, scales, *_block_parts(value))]
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in held]
+    blocks = _Blocks(packed.data_ptr(), *pointers, rows * columns // weights, _BLOCK_CODES[type])
+    if not _library().zq_pack_blocks(ctypes.byref(blocks)):
+        value.validate_codes()
+        raise ValueError(f"a code does not fit {type}")
+    return packed
+
+
+def unpack_blocks(data: Tensor, value: Quantized) -> None:
+    """Fill ``value`` from the bytes of its type."""
+    data = _host(data)
+    type = value.spec.ggml_type
+    tensors = (value.codes, value.scales, *_block_parts(value))
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    count = value.codes.numel() // BLOCK_TYPES[type][0]
+    blocks = _Blocks(data.data_ptr(), *pointers, count, _BLOCK_CODES[type])
+    _library().zq_unpack_blocks(ctypes.byref(blocks))
 
 
 def pack_int32(codes: Tensor, bits: int) -> Tensor:
@@ -155,10 +247,61 @@ def absmax_span(weight: Tensor, group_length: int) -> tuple[float, float]:
     return low, high
 
 
+def overflows(type: str, row: int, block: int) -> ValueError:
+    """The error for a block whose every scale overflows."""
+    return ValueError(
+        f"no float16 scale is large enough for row {row}, block {block} of {type}; use another type"
+    )
+
+
 def out_of_range(codes: Tensor, row: int, column: int, bits: int) -> ValueError:
     """The error for a code that does not fit."""
     code = int(codes[row, column])
     return ValueError(f"code {code} at row {row}, column {column} does not fit {bits} bits")
+
+
+def _isa_code(isa: str | None) -> int:
+    best = _library().zq_best_isa()
+    chosen = best if isa is None else ISAS.index(isa)
+    if chosen > best:
+        raise ValueError(f"this machine cannot run {isa}; it can: {', '.join(ISAS[: best + 1])}")
+    return chosen
+
+
+def _block_parts(value: Quantized) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """offsets, sub_scales, sub_mins."""
+    if isinstance(value, QuantTensor):
+        return None, None, None
+    return value.offsets, value.sub_scales, value.sub_mins
+
+
+def _block_request(weight: Tensor, value: Quantized, type: str) -> _BlockRequest:
+    """Everything but the lists; ``weight`` must be contiguous and outlive the call."""
+    rows, columns = weight.shape
+    tensors = (value.codes, value.scales, *_block_parts(value))
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return _BlockRequest(
+        weight.data_ptr(),
+        *pointers,
+        rows=rows,
+        columns=columns,
+        dtype=_DTYPE_CODES[weight.dtype],
+        type=_BLOCK_CODES[type],
+    )
+
+
+def _quantize_blocks(
+    request: _BlockRequest, value: Quantized, *, plain: bool, isa: str | None
+) -> None:
+    index = ctypes.c_int64(-1)
+    status = _library().zq_quantize_blocks(
+        ctypes.byref(request), plain, _isa_code(isa), ctypes.byref(index)
+    )
+    if status == _NOT_REPRESENTABLE and isinstance(value, BlockTensor):
+        row, block = divmod(index.value, value.scales.shape[1])
+        raise overflows(value.spec.type, row, block)
+    spec = value.spec if isinstance(value, QuantTensor) else None
+    _raise_for(status, index.value, value.shape[1], spec)
 
 
 def _host(tensor: Tensor) -> Tensor:
@@ -168,10 +311,10 @@ def _host(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _raise_for(status: int, index: int, columns: int, spec: QuantSpec) -> None:
+def _raise_for(status: int, index: int, columns: int, spec: QuantSpec | None) -> None:
     if status == _NON_FINITE:
         raise affine.non_finite(*divmod(index, columns))
-    if status == _NOT_REPRESENTABLE:
+    if status == _NOT_REPRESENTABLE and spec is not None:
         raise affine.not_representable(*divmod(index, spec.groups(columns)), spec)
     if status == _NO_MEMORY:
         raise MemoryError("libzaya_quant could not allocate its scratch memory")
@@ -210,6 +353,9 @@ def _declare(library: ctypes.CDLL) -> None:
     signatures = {
         "zq_best_isa": (i32, []),
         "zq_quantize": (i32, [pointer, i32, pointer]),
+        "zq_quantize_blocks": (i32, [pointer, i32, i32, pointer]),
+        "zq_pack_blocks": (i32, [pointer]),
+        "zq_unpack_blocks": (None, [pointer]),
         "zq_pack": (i64, [pointer, pointer, i64, i64, i32]),
         "zq_unpack": (None, [pointer, pointer, i64, i64, i32]),
         "zq_absmax_span": (i64, [pointer, i32, i64, i64, i64, pointer]),

@@ -199,6 +199,16 @@ Spec = QuantSpec | BlockSpec
 CANONICAL = {"Q4_0": QuantSpec(4, 32), "Q5_0": QuantSpec(5, 32), "Q8_0": QuantSpec(8, 32)}
 
 
+# What llama.cpp takes where rows are no whole number of a type's blocks.
+_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+
+def fitting(spec: Spec, columns: int) -> Spec:
+    """The spec, or where rows of ``columns`` are no whole number of its blocks its fallback."""
+    fits = not isinstance(spec, BlockSpec) or columns % spec.group_size == 0
+    return spec if fits else spec_of_type(_FALLBACK.get(spec.ggml_type, "Q8_0"))
+
+
 def spec_of_type(name: str) -> Spec:
     """The spec of a ggml block type.
 
@@ -210,3 +220,18 @@ def spec_of_type(name: str) -> Spec:
     if name not in BLOCK_GRIDS:
         raise ValueError(f"no block type {name!r}; there are {', '.join(BLOCK_TYPES)}")
     return BlockSpec(name)
+
+
+def holding_type(spec: Spec, columns: int) -> str:
+    """The block type whose bytes hold rows of ``columns`` codes of this grid exactly, or "".
+
+    A symmetric grid fits into Q4_0, Q5_0 or Q8_0 when its scales are fp16 and no block of 32
+    crosses a group: the scale of a group is then repeated for each of its blocks.
+    """
+    if isinstance(spec, BlockSpec):
+        return spec.type if columns % BLOCK_TYPES[spec.type][0] == 0 else ""
+    size = BLOCK_TYPES["Q4_0"][0]
+    whole = columns % size == 0 and (spec.group_size == PER_CHANNEL or spec.group_size % size == 0)
+    if not whole or not spec.symmetric or spec.scale_dtype != "float16":
+        return ""
+    return "Q4_0" if spec.bits <= 4 else "Q5_0" if spec.bits == 5 else "Q8_0"

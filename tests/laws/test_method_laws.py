@@ -1,14 +1,17 @@
 """Laws of every method in the table: what comes out whatever goes in, and what stats they need."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zaya_quant import blocks
 from zaya_quant.affine import absmax_scales, round_with_scales
 from zaya_quant.methods import METHODS, method
-from zaya_quant.qtensor import SCALE_DTYPES, QuantTensor
-from zaya_quant.spec import ALLOWED_BITS, QuantSpec
+from zaya_quant.qtensor import SCALE_DTYPES, Quantized, QuantTensor
+from zaya_quant.spec import ALLOWED_BITS, BLOCK_GRIDS, BlockSpec, QuantSpec, Spec
 from zaya_quant.stats import InputStats
 
 NEEDS = ("", "second_moment", "hessian", "drift")
@@ -19,10 +22,19 @@ SPECS = [
     QuantSpec(4, -1, scale_dtype="bfloat16"),
     QuantSpec(4, 32, symmetric=False),
     QuantSpec(8, 128),
+    BlockSpec("Q4_1"),
+    BlockSpec("Q4_K"),
+    BlockSpec("Q6_K"),
+    BlockSpec("IQ4_NL"),
 ]
 every_method = pytest.mark.parametrize("name", METHODS)
+# all but plain rounding itself
+searching = pytest.mark.parametrize("name", [name for name in METHODS if name != "absmax"])
 needy = pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.needs])
 several_specs = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label)
+roundable_specs = pytest.mark.parametrize(
+    "spec", [spec for spec in SPECS if blocks.has_plain_rounding(spec)], ids=lambda spec: spec.label
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,12 +47,20 @@ def one_thread():
 
 @st.composite
 def specs(draw):
+    if draw(st.booleans()):
+        return BlockSpec(draw(st.sampled_from(tuple(BLOCK_GRIDS))))
     return QuantSpec(
         bits=draw(st.sampled_from(ALLOWED_BITS)),
         group_size=draw(st.sampled_from((16, 32, 128, -1))),
         symmetric=draw(st.booleans()),
         scale_dtype=draw(st.sampled_from(tuple(SCALE_DTYPES))),
     )
+
+
+def whole(columns: int, spec: Spec) -> int:
+    """Columns for this spec: at least so many, and whole blocks."""
+    size = 1 if isinstance(spec, QuantSpec) else spec.group_size
+    return -(-columns // size) * size
 
 
 def weight_of(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -68,15 +88,23 @@ def without_drift(stats: InputStats) -> InputStats:
     return InputStats(stats.count, stats.second_moment, stats.hessian)
 
 
-def same(left: QuantTensor, right: QuantTensor) -> bool:
-    """Codes equal, scales equal as bits."""
-    scales = (left.scales, right.scales)
-    bits = [s.view(torch.int32 if s.dtype == torch.float32 else torch.int16) for s in scales]
-    zeros = left.zeros is right.zeros or torch.equal(left.zeros, right.zeros)
-    return torch.equal(left.codes, right.codes) and torch.equal(*bits) and zeros
+def same(left: Quantized, right: Quantized) -> bool:
+    """Every number equal as bits."""
+
+    def equal(name: str) -> bool:
+        mine, other = getattr(left, name), getattr(right, name)
+        if not isinstance(mine, torch.Tensor):
+            return mine == other
+        return mine.dtype == other.dtype and torch.equal(
+            *(t.view(torch.uint8) for t in (mine, other))
+        )
+
+    return all(equal(field.name) for field in fields(left))
 
 
-def plain_rounding(weight: torch.Tensor, spec: QuantSpec) -> QuantTensor:
+def plain_rounding(weight: torch.Tensor, spec: Spec) -> Quantized:
+    if isinstance(spec, BlockSpec):
+        return blocks.absmax(weight, spec)
     scales = absmax_scales(weight, spec).to(SCALE_DTYPES[spec.scale_dtype])
     zeros = None
     if not spec.symmetric:
@@ -100,7 +128,7 @@ def what_counts(name: str, stats: InputStats) -> torch.Tensor:
     return stats.hessian.double() + stats.factor().damping * identity
 
 
-def error(weight: torch.Tensor, found: QuantTensor, hessian: torch.Tensor) -> float:
+def error(weight: torch.Tensor, found: Quantized, hessian: torch.Tensor) -> float:
     difference = weight.double() - found.dequantize().double()
     return float(((difference @ hessian) * difference).sum())
 
@@ -125,6 +153,7 @@ def test_a_row_of_the_table_names_a_function_and_a_known_need(name):
 @every_method
 def test_results_are_valid_and_repeat_themselves(name, spec, rows, columns, seen, dead, seed):
     """Few rows, dead inputs, single columns, short last groups: nothing stops a method."""
+    columns = whole(columns, spec)
     weight, stats = weight_of(rows, columns, seed), stats_of(columns, seen, seed, dead)
     known = weight.clone()
     found = method(name)(weight, spec, stats)
@@ -137,14 +166,15 @@ def test_results_are_valid_and_repeat_themselves(name, spec, rows, columns, seen
     assert torch.equal(weight, known)
 
 
-@every_method
-@several_specs
+@searching
+@roundable_specs
 def test_the_error_a_method_minds_is_below_that_of_plain_rounding(name, spec):
     """Without drift, since plain rounding does not aim at the float model's outputs either.
 
     Of the whole matrix: the search goes by the channels' own errors, and the guard by the search.
     """
-    weight, stats = weight_of(24, 100, 0), without_drift(stats_of(100, 150, 0))
+    columns = whole(100, spec)
+    weight, stats = weight_of(24, columns, 0), without_drift(stats_of(columns, 150, 0))
     hessian = what_counts(name, stats)
     plain = error(weight, plain_rounding(weight, spec), hessian)
     assert error(weight, method(name)(weight, spec, stats), hessian) < plain
@@ -153,7 +183,8 @@ def test_the_error_a_method_minds_is_below_that_of_plain_rounding(name, spec):
 @every_method
 @several_specs
 def test_what_a_method_does_not_need_may_be_missing(name, spec):
-    weight, stats = weight_of(6, 80, 1), stats_of(80, 100, 1)
+    columns = whole(80, spec)
+    weight, stats = weight_of(6, columns, 1), stats_of(columns, 100, 1)
     enough = {
         "": None,
         "second_moment": InputStats(100, stats.second_moment),
@@ -166,16 +197,19 @@ def test_what_a_method_does_not_need_may_be_missing(name, spec):
 
 
 @needy
-def test_what_a_method_needs_it_uses(name):
-    weight, spec = weight_of(16, 80, 2), QuantSpec(4, 32)
-    one, other = (method(name)(weight, spec, stats_of(80, 100, seed)) for seed in (2, 3))
+@several_specs
+def test_what_a_method_needs_it_uses(name, spec):
+    columns = whole(80, spec)
+    weight = weight_of(16, columns, 2)
+    one, other = (method(name)(weight, spec, stats_of(columns, 100, seed)) for seed in (2, 3))
     assert not torch.equal(one.codes, other.codes)
 
 
 @needy
 @several_specs
 def test_missing_statistics_are_refused_and_the_remedy_named(name, spec):
-    weight, stats = weight_of(4, 80, 4), stats_of(80, 100, 4)
+    columns = whole(80, spec)
+    weight, stats = weight_of(4, columns, 4), stats_of(columns, 100, 4)
     lacking = [None]
     if METHODS[name].needs != "second_moment":
         lacking.append(InputStats(100, stats.second_moment))
@@ -185,8 +219,10 @@ def test_missing_statistics_are_refused_and_the_remedy_named(name, spec):
 
 
 @every_method
-def test_bfloat16_weights_are_taken_as_the_floats_they_are(name):
-    weight, stats = weight_of(8, 80, 5).to(torch.bfloat16), without_drift(stats_of(80, 100, 5))
-    for spec in SPECS:
-        found = method(name)(weight, spec, stats)
-        assert same(found, method(name)(weight.float(), spec, stats))
+@several_specs
+def test_bfloat16_weights_are_taken_as_the_floats_they_are(name, spec):
+    columns = whole(80, spec)
+    weight, stats = weight_of(8, columns, 5), without_drift(stats_of(columns, 100, 5))
+    weight = weight.to(torch.bfloat16)
+    found = method(name)(weight, spec, stats)
+    assert same(found, method(name)(weight.float(), spec, stats))

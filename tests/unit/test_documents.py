@@ -42,7 +42,7 @@ def tiny(bundled: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def tokenizer(bundled: Path) -> Tokenizer:
-    return Tokenizer.load(bundled)
+    return Tokenizer.of(open_model(str(bundled)))
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_the_set_is_chosen_by_the_tokenizer(tiny: Checkpoint, stranger: Checkpoi
 def test_conversations_without_a_template_are_paragraphs(
     stranger: Checkpoint, tmp_path: Path
 ) -> None:
-    tokenizer = Tokenizer.load(stranger.path)
+    tokenizer = Tokenizer.of(stranger)
     assert not tokenizer.template
     first = json.loads(CALIBRATION["general"].read_text().splitlines()[0])["messages"]
     expected = tokenizer.encode("\n\n".join(message["content"] for message in first))
@@ -401,7 +401,7 @@ def test_traces_are_reproducible_by_seed(bare: Checkpoint) -> None:
 def test_traces_stop_where_the_model_does(tiny: Checkpoint) -> None:
     documents = load_documents(tiny, None, length=64, pack=False, tokens=0)
     found = self_generated(tiny, documents, tokens=240, length=100)
-    stop = Tokenizer.load(tiny.path).stop_ids
+    stop = Tokenizer.of(tiny).stop_ids
     assert stop
     answers = [ids[32:] for ids in found.ids]
     assert not any(int(token) in stop for ids in answers for token in ids)

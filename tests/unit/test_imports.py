@@ -13,7 +13,8 @@ SOURCE_ROOTS = (ROOT, ROOT / "quant", ROOT / "kernels")
 OURS = ("zaya_convert", "zaya_quant", "zaya_kernels")
 
 _INDEX = ("zaya_convert.errors", "zaya_convert.headers", "zaya_convert.files",
-          "zaya_convert.layout", "zaya_convert.config", "zaya_convert.checkpoint")  # fmt: skip
+          "zaya_convert.layout", "zaya_convert.config", "zaya_convert.checkpoint",
+          "zaya_convert.gguf_header", "zaya_convert.tokenizer_files")  # fmt: skip
 _NUMERICS = ("torch", "numpy")
 
 # Module or package → everything it may import besides itself, the standard library and, under
@@ -28,10 +29,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "zaya_convert.layout": (),
     "zaya_convert.config": ("zaya_convert.errors",),
     "zaya_convert.files": ("zaya_convert.errors", "zaya_convert.headers"),
+    "zaya_convert.gguf_header": ("zaya_convert.errors", "zaya_convert.headers",
+                                 "zaya_convert.files", "zaya_quant.spec"),
     "zaya_convert.checkpoint": (*_INDEX, "torch (lazy)", "numpy (lazy)"),
     "zaya_convert.hub": ("zaya_convert.errors", "huggingface_hub (lazy)"),
-    "zaya_convert.models": (*_INDEX, "zaya_convert.export", "zaya_convert.hub"),
+    "zaya_convert.fused_quants": (*_INDEX, "torch (lazy)"),
+    "zaya_convert.models": (*_INDEX, "zaya_convert.export", "zaya_convert.fused_quants",
+                            "zaya_convert.hub"),
     "zaya_convert.inspect": (),
+    "zaya_convert.tokenizer_files": ("zaya_convert.errors", "zaya_convert.headers"),
     "zaya_convert.manifest": (*_INDEX, "zaya_convert"),
     # from intent to plan
     "zaya_convert.recipe": ("zaya_convert.errors", "zaya_convert.layout", "zaya_quant.spec"),
@@ -50,18 +56,28 @@ ALLOWED: dict[str, tuple[str, ...]] = {
                              "zaya_quant.methods"),
     # formats: none knows another, except the parts two of them share
     "zaya_convert.export": (*_INDEX,),
-    "zaya_convert.export.arrays": ("zaya_convert.headers",),
+    "zaya_convert.export.arrays": ("zaya_convert.headers", "zaya_quant.spec"),
+    "zaya_convert.export.container": ("zaya_convert.export.arrays",),
     "zaya_convert.export.split": (*_INDEX, "zaya_convert", "zaya_convert.manifest",
                                   "zaya_convert.export.arrays", "zaya_quant.spec"),
-    "zaya_convert.export.safetensors": ("zaya_convert.export.arrays",),
-    "zaya_convert.export.dense": (*_INDEX, "zaya_convert", "zaya_convert.manifest",
-                                  "zaya_convert.export.arrays", "torch (lazy)"),
+    "zaya_convert.export.safetensors": ("zaya_convert.export.arrays",
+                                        "zaya_convert.export.container"),
+    "zaya_convert.export.dense": (
+        *_INDEX, "zaya_convert", "zaya_convert.manifest", "zaya_convert.export",
+        "zaya_convert.export.arrays", "zaya_convert.export.safetensors",
+        "zaya_convert.export.split", "torch (lazy)"),
+    "zaya_convert.export.gguf": (
+        *_INDEX, "zaya_convert", "zaya_convert.card", "zaya_convert.manifest",
+        "zaya_convert.export.arrays", "zaya_convert.export.container", "zaya_quant",
+        "torch (lazy)"),
     "zaya_convert.export.compressed_tensors": (
-        *_INDEX, "zaya_convert.export", "zaya_convert.export.arrays", "zaya_convert.export.split",
-        "zaya_quant", "torch (lazy)"),
+        *_INDEX, "zaya_convert.export", "zaya_convert.export.arrays",
+        "zaya_convert.export.safetensors", "zaya_convert.export.split", "zaya_quant",
+        "torch (lazy)"),
     "zaya_convert.export.auto_round": (
-        *_INDEX, "zaya_convert.export", "zaya_convert.export.arrays", "zaya_convert.export.split",
-        "zaya_quant", "torch (lazy)"),
+        *_INDEX, "zaya_convert.export", "zaya_convert.export.arrays",
+        "zaya_convert.export.safetensors", "zaya_convert.export.split", "zaya_quant",
+        "torch (lazy)"),
     # running models and judging them
     "zaya_convert.runtime": (*_INDEX, *_NUMERICS, "zaya_quant", "zaya_kernels", "tokenizers",
                              "jinja2"),
@@ -77,6 +93,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # what models do to their matrices' inputs, and what is concluded from it
     "zaya_convert.stats": (*_INDEX, "torch", "safetensors", "zaya_convert.runtime.walk",
                            "zaya_quant.stats"),
+    "zaya_convert.imatrix": (*_INDEX, "torch", "zaya_convert", "zaya_convert.export.gguf.names",
+                             "zaya_convert.publish", "zaya_convert.runtime.walk",
+                             "zaya_convert.stats", "zaya_quant.methods"),
     "zaya_convert.sensitivity": (*_INDEX, "torch", "zaya_convert.runtime",
                                  "zaya_kernels.reference"),
     "zaya_convert.traces": (*_INDEX, "torch", "zaya_convert.data", "zaya_convert.runtime"),
@@ -97,6 +116,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
                          "zaya_convert.doctor (lazy)", "zaya_convert.plan (lazy)",
                          "zaya_convert.convert (lazy)", "zaya_convert.data (lazy)",
                          "zaya_convert.calibrate (lazy)", "zaya_convert.stats (lazy)",
+                         "zaya_convert.imatrix (lazy)",
                          "zaya_convert.traces (lazy)", "zaya_convert.allocate (lazy)",
                          "zaya_convert.equalize (lazy)",
                          "zaya_convert.validate (lazy)", "zaya_convert.report (lazy)",
@@ -219,8 +239,9 @@ def run_python(script: str) -> str:
     return done.stdout
 
 
-LIGHT = ("errors", "headers", "layout", "config", "files", "checkpoint", "hub", "models", "recipe",
-         "plan", "report", "manifest", "inspect", "publish")  # fmt: skip
+LIGHT = ("errors", "headers", "layout", "config", "files", "gguf_header", "checkpoint", "hub",
+         "tokenizer_files", "models", "recipe", "plan", "report", "manifest", "inspect",
+         "publish")  # fmt: skip
 
 
 def test_the_index_and_the_plan_import_no_torch() -> None:

@@ -209,7 +209,7 @@ def lose_record(partial: Path, plan: Plan) -> None:
 
 def damage_output(partial: Path, plan: Plan) -> None:
     """A matrix of layer 0 does not stand on disk as the journal says."""
-    shards = ShardSet(partial, plan.arrays, plan.shard_bytes)
+    shards = ShardSet(partial, plan.arrays, plan.shard_bytes).files
     (step,) = (s for s in plan.steps if str(s.key) == "model.layers.0.self_attn.o_proj.weight")
     shards.write(next(iter(step.regions.values())), b"\x55" * 16)
     shards.close()

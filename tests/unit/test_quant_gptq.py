@@ -1,6 +1,7 @@
 """GPTQ against a slow oracle in float64, its guard, its refit, and its edges."""
 
 import math
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 
 from tolerances import kernel
 from zaya_quant import stats as stats_module
-from zaya_quant.affine import INPUT_DTYPES, round_with_scales
+from zaya_quant.affine import INPUT_DTYPES
 from zaya_quant.methods import gptq, imatrix, rtn
-from zaya_quant.qtensor import SCALE_DTYPES, QuantTensor, expand_groups
-from zaya_quant.spec import ALLOWED_BITS, QuantSpec
+from zaya_quant.qtensor import SCALE_DTYPES, Quantized
+from zaya_quant.spec import ALLOWED_BITS, BLOCK_GRIDS, BlockSpec, QuantSpec, Spec
 from zaya_quant.stats import InputStats
 
 INT4 = QuantSpec(4, 32)
@@ -28,6 +29,8 @@ SOME_SPECS = [
     QuantSpec(4, 32, symmetric=False, scale_dtype="bfloat16"),
     QuantSpec(8, 128, scale_dtype="float32"),
 ]
+BLOCKS = [BlockSpec(type) for type in BLOCK_GRIDS]
+SMALL_BLOCKS = [spec for spec in BLOCKS if spec.group_size == 32]
 
 
 def start_of(weight, spec, stats):
@@ -37,7 +40,14 @@ def start_of(weight, spec, stats):
 
 
 def label(value):
-    return value.label if isinstance(value, QuantSpec) else None
+    return value.label if isinstance(value, Spec) else None
+
+
+def whole(columns: int, spec: Spec) -> int:
+    """Columns for this spec: at least so many, and whole blocks."""
+    return (
+        columns if isinstance(spec, QuantSpec) else -(-columns // spec.group_size) * spec.group_size
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +65,11 @@ def no_refit(monkeypatch):
 
 def normal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+def large(rows: int, columns: int) -> torch.Tensor:
+    """Weights for which Q6_K's d is a normal fp16 number, that a refit can change by little."""
+    return 16 * normal(rows, columns)
 
 
 def inputs(columns: int, rows: int, seed: int = 0) -> torch.Tensor:
@@ -79,25 +94,48 @@ def damped(stats: InputStats) -> torch.Tensor:
     return hessian + damping * torch.eye(len(hessian), dtype=torch.float64)
 
 
-def row_errors(weight, found: QuantTensor, stats: InputStats) -> torch.Tensor:
+def problem_of(weight: torch.Tensor, stats: InputStats) -> gptq._Problem:
+    return gptq._Problem(weight, stats.factor(), gptq._damped(stats))
+
+
+def row_errors(weight, found: Quantized, stats: InputStats) -> torch.Tensor:
     error = weight.double() - found.dequantize().double()
     return ((error @ damped(stats)) * error).sum(dim=1)
 
 
-def slack(weight, found: QuantTensor, stats: InputStats) -> torch.Tensor:
+def slack(weight, found: Quantized, stats: InputStats) -> torch.Tensor:
     """How far off an error of a row may be that was summed up in float32."""
     error = (weight.double() - found.dequantize().double()).abs()
     terms = ((error @ damped(stats).abs()) * error).sum(dim=1)
     return kernel(torch.float32, 2 * weight.shape[1]) * terms
 
 
-def same(left: QuantTensor, right: QuantTensor) -> bool:
-    zeros = left.zeros is right.zeros or torch.equal(left.zeros, right.zeros)
-    return torch.equal(left.codes, right.codes) and torch.equal(left.scales, right.scales) and zeros
+def same(left: Quantized, right: Quantized) -> bool:
+    def equal(name: str) -> bool:
+        mine, other = getattr(left, name), getattr(right, name)
+        return torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other
+
+    return all(equal(field.name) for field in fields(left))
 
 
-def solved_anew(weight: torch.Tensor, start: QuantTensor, stats: InputStats) -> torch.Tensor:
-    """GPTQ's codes from its definition, on the scales and zero points of ``start``.
+def choices(value: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every code [n], and the weights that it would mean [n, out, in], float64."""
+    signed = value.codes.dtype == torch.int8
+    codes = torch.arange(1 << value.spec.bits) - signed * (1 << (value.spec.bits - 1))
+    tables = [
+        replace(value, codes=torch.full_like(value.codes, int(c))).dequantize() for c in codes
+    ]
+    return codes, torch.stack(tables).double()
+
+
+def nearest_codes(wanted: torch.Tensor, value: Quantized) -> torch.Tensor:
+    """Of each weight [out, in] the code that means the nearest one, by trying them all."""
+    codes, table = choices(value)
+    return codes[(table - wanted.double()).abs().argmin(dim=0)].to(value.codes.dtype)
+
+
+def solved_anew(weight: torch.Tensor, start: Quantized, stats: InputStats) -> torch.Tensor:
+    """GPTQ's codes from its definition, on the grid of ``start``.
 
     With e the errors made so far, on columns F, what is left of the quadratic e H e^T is smallest
     when the columns R to come are w_R + e_F H_FR inverse(H_RR). No Cholesky factor, no updates:
@@ -107,43 +145,41 @@ def solved_anew(weight: torch.Tensor, start: QuantTensor, stats: InputStats) -> 
     order = sorted(range(len(hessian)), key=lambda c: -float(stats.hessian[c, c]))
     hessian = hessian[order][:, order]
     exact = weight.double()[:, order]
-    columns = weight.shape[1]
-    scales = expand_groups(start.scales.double(), start.spec, columns)[:, order]
-    zeros = torch.zeros_like(scales)
-    if start.zeros is not None:
-        zeros = expand_groups(start.zeros.double(), start.spec, columns)[:, order]
-    codes, error = torch.zeros_like(exact), torch.zeros_like(exact)
-    for k in range(columns):
+    all_codes, table = choices(start)
+    codes, error = torch.empty_like(start.codes), torch.zeros_like(exact)
+    for k, column in enumerate(order):
         pull = torch.linalg.solve(hessian[k:, k:], hessian[:k, k:].t()).t()[:, 0]
         wanted = exact[:, k] + error[:, :k] @ pull
-        codes[:, k] = (torch.round(wanted / scales[:, k]) + zeros[:, k]).clamp(
-            start.spec.qmin, start.spec.qmax
-        )
-        error[:, k] = exact[:, k] - (codes[:, k] - zeros[:, k]) * scales[:, k]
-    result = torch.empty_like(start.codes)
-    result[:, order] = codes.to(result.dtype)
-    return result
+        best = (table[:, :, column] - wanted).abs().argmin(dim=0)
+        codes[:, column] = all_codes[best].to(codes.dtype)
+        error[:, k] = exact[:, k] - table[best, torch.arange(len(exact)), column]
+    return codes
 
 
 @pytest.mark.usefixtures("no_refit")
-@pytest.mark.parametrize("spec", SOME_SPECS, ids=label)
-@pytest.mark.parametrize(("columns", "seen"), [(130, 400), (80, 20)])
+@pytest.mark.parametrize(
+    ("spec", "columns", "seen"),
+    [(spec, *case) for spec in SOME_SPECS for case in ((130, 400), (80, 20))]
+    + [(spec, whole(96, spec), 200) for spec in BLOCKS],
+    ids=label,
+)
 def test_codes_are_those_of_solving_for_the_other_columns_again_and_again(spec, columns, seen):
     weight, stats = normal(40, columns), stats_of(inputs(columns, seen))
     start = start_of(weight, spec, stats)
     expected = solved_anew(weight, start, stats)
-    oracle = QuantTensor(expected, start.scales, start.zeros, spec)
+    oracle = replace(start, codes=expected)
     # The guard has nothing to do: the oracle is better in every row.
     assert (row_errors(weight, oracle, stats) < row_errors(weight, start, stats)).all()
     found = gptq.quantize(weight, spec, stats)
-    assert torch.equal(found.scales, start.scales)
+    assert same(replace(found, codes=start.codes), start)
     # A near tie that falls the other way in float32 changes the rest of its row.
     assert (found.codes == expected).all(dim=1).float().mean() >= 0.9
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=label)
+@pytest.mark.parametrize("spec", [*SPECS, *BLOCKS], ids=label)
 @pytest.mark.parametrize(("rows", "columns"), [(9, 80), (1, 70), (4, 1), (3, 17)])
 def test_no_row_ends_worse_than_rounded_to_nearest(spec, rows, columns):
+    columns = whole(columns, spec)
     weight = normal(rows, columns, seed=columns)
     stats = stats_of(inputs(columns, max(1, columns // 2), seed=spec.bits))
     nearest = start_of(weight, spec, stats)
@@ -174,54 +210,88 @@ def test_the_guard_keeps_rows_that_fed_back_errors_would_spoil(monkeypatch, valu
     assert not torch.equal(expected.codes[::2], nearest.codes[::2])
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=label)
+@pytest.mark.parametrize("spec", [*SPECS, *BLOCKS], ids=label)
 def test_on_correlated_inputs_most_of_the_error_goes(spec):
-    weight, stats = normal(24, 96), stats_of(inputs(96, 200))
-    blind = row_errors(weight, rtn.quantize(weight, spec), stats)
+    columns = whole(96, spec)
+    weight, stats = normal(24, columns), stats_of(inputs(columns, 2 * columns + 8))
     found = row_errors(weight, gptq.quantize(weight, spec, stats), stats)
-    assert found.sum() < 0.3 * blind.sum()  # 0.06 to 0.2
+    for blind in (rtn.quantize(weight, spec), start_of(weight, spec, stats)):
+        assert found.sum() < 0.3 * row_errors(weight, blind, stats).sum()  # 0.06 to 0.2
 
 
 @pytest.mark.usefixtures("no_refit")
-@pytest.mark.parametrize("spec", SPECS, ids=label)
+@pytest.mark.parametrize("spec", [*SPECS, *BLOCKS], ids=label)
 def test_without_correlation_it_is_rounding_to_nearest(spec):
-    weight, moments = normal(12, 80), inputs(80, 50).square().mean(dim=0)
+    columns = whole(80, spec)
+    weight, moments = normal(12, columns), inputs(columns, 50).square().mean(dim=0)
     stats = InputStats(50, moments, torch.diag(moments))
     assert same(gptq.quantize(weight, spec, stats), start_of(weight, spec, stats))
 
 
-@pytest.mark.parametrize("spec", SOME_SPECS, ids=label)
+@pytest.mark.parametrize("spec", BLOCKS, ids=label)
+def test_without_correlation_codes_are_the_nearest_of_all(spec):
+    """Refitted or not: IQ4_NL's levels are no even steps, and scales may be negative."""
+    columns = whole(96, spec)
+    weight, moments = normal(12, columns), inputs(columns, 50).square().mean(dim=0)
+    found = gptq.quantize(weight, spec, InputStats(50, moments, torch.diag(moments)))
+    values = found.dequantize().double()
+    nearest = replace(found, codes=nearest_codes(weight, found)).dequantize().double()
+    missed, least = (values - weight).abs(), (nearest - weight).abs()
+    assert (missed <= least + 1e-6 * weight.abs().max()).all()  # a tie may fall either way
+
+
+@pytest.mark.parametrize("spec", [*SOME_SPECS, *BLOCKS], ids=label)
 def test_refits_never_raise_an_error(monkeypatch, spec):
-    weight, stats = normal(24, 80), stats_of(inputs(80, 60))
+    columns = whole(80, spec)
+    weight, stats = large(24, columns), stats_of(inputs(columns, 60))
     errors = []
     for refits in (0, 1, 4):
         monkeypatch.setattr(gptq, "_REFITS", refits)
         found = gptq.quantize(weight, spec, stats)
-        assert found.scales.dtype == SCALE_DTYPES[spec.scale_dtype]
         errors.append((row_errors(weight, found, stats), slack(weight, found, stats)))
     for (before, loose), (after, tight) in pairwise(errors):
         assert (after <= before + loose + tight).all()
-    if spec.symmetric:
+    # One number for 256 weights of Q6_K, or beside a zero point that stays: little to gain.
+    if spec.symmetric if isinstance(spec, QuantSpec) else spec.type != "Q6_K":
         assert errors[1][0].sum() < errors[0][0].sum()
 
 
-@pytest.mark.parametrize(("group", "columns"), [(16, 80), (32, 80), (-1, 33)])
-def test_refitted_scales_solve_the_least_squares_problem_of_their_codes(group, columns):
-    spec = QuantSpec(4, group, scale_dtype="float32")
-    weight, stats = normal(10, columns), stats_of(inputs(columns, 2 * columns))
+def directions(value: Quantized, row: int) -> torch.Tensor:
+    """What a row's weights are made of: [in, numbers], its scales and offsets times these.
+
+    Weights are linear in either, so each is the row with that one 1 and every other 0.
+    """
+    names = [name for name in ("scales", "offsets") if getattr(value, name, None) is not None]
+    one, found = value.rows(slice(row, row + 1)), []
+    nothing = {name: torch.zeros_like(getattr(one, name)) for name in names}
+    for name in names:
+        for index in range(nothing[name].shape[1]):
+            unit = nothing[name].clone()
+            unit[0, index] = 1
+            found.append(replace(one, **(nothing | {name: unit})).dequantize()[0].double())
+    return torch.stack(found, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "columns"),
+    [(QuantSpec(4, group, scale_dtype="float32"), n) for group, n in ((16, 80), (32, 80), (-1, 33))]
+    + [(QuantSpec(4, 32, symmetric=False, scale_dtype="float32"), 80)]
+    + [(spec, 2 * spec.group_size) for spec in BLOCKS],
+    ids=label,
+)
+def test_refitted_numbers_solve_the_least_squares_problem_of_their_codes(spec, columns):
+    weight, stats = large(10, columns), stats_of(inputs(columns, 2 * columns))
     start = start_of(weight, spec, stats)
-    problem = gptq._Problem(weight, stats.factor(), spec, gptq._damped(stats))
-    found = problem.refit(start)
+    found = problem_of(weight, stats).refit(start)
     # |L^T (w - Q s)| is smallest, L L^T the damped Hessian.
     root = torch.linalg.cholesky(damped(stats)).t()
-    length = spec.group_length(columns)
+    numbers = gptq._numbers(found).double()
     for row in range(len(weight)):
-        columns_of = torch.zeros(columns, spec.groups(columns), dtype=torch.float64)
-        for c in range(columns):
-            columns_of[c, c // length] = float(start.codes[row, c])
-        goal = root @ weight[row].double()
-        expected = torch.linalg.lstsq(root @ columns_of, goal[:, None]).solution[:, 0]
-        torch.testing.assert_close(found[row].double(), expected, rtol=1e-4, atol=1e-7)
+        system, goal = root @ directions(start, row), root @ weight[row].double()
+        expected = torch.linalg.lstsq(system, goal[:, None]).solution[:, 0]
+        precise = {"rtol": 1e-4, "atol": 1e-7}
+        close = precise if isinstance(spec, QuantSpec) else {"rtol": 2.0**-10, "atol": 2.0**-24}
+        torch.testing.assert_close(numbers[row], expected, **close)
 
 
 def test_a_group_of_zero_codes_keeps_its_scale_when_refitted():
@@ -229,29 +299,32 @@ def test_a_group_of_zero_codes_keeps_its_scale_when_refitted():
     weight, stats = normal(10, 80), stats_of(inputs(80, 100))
     start = start_of(weight, INT4, stats)
     start.codes[:, 32:64] = 0
-    found = gptq._Problem(weight, stats.factor(), INT4, gptq._damped(stats)).refit(start)
+    found = problem_of(weight, stats).refit(start).scales
     assert torch.equal(found[:, 1], start.scales[:, 1])
     assert not torch.equal(found[:, 0], start.scales[:, 0])
 
 
+@pytest.mark.parametrize("spec", [INT4, BlockSpec("Q4_K"), BlockSpec("IQ4_NL")], ids=label)
 @pytest.mark.parametrize("spoiler", [100.0, math.nan])
-def test_the_guard_keeps_rows_that_a_refit_would_spoil(monkeypatch, spoiler):
-    weight, stats = normal(6, 64), stats_of(inputs(64, 100))
-    expected = gptq.quantize(weight, INT4, stats)
+def test_the_guard_keeps_rows_that_a_refit_would_spoil(monkeypatch, spec, spoiler):
+    columns = whole(64, spec)
+    weight, stats = normal(6, columns), stats_of(inputs(columns, 100))
+    expected = gptq.quantize(weight, spec, stats)
     monkeypatch.setattr(gptq, "_REFITS", 0)
-    without = gptq.quantize(weight, INT4, stats)
+    without = gptq.quantize(weight, spec, stats)
     known = gptq._Problem.refit
 
     def half_spoilt(self, value):
-        scales = known(self, value)
-        scales[::2] *= spoiler
-        return scales
+        found = known(self, value)
+        found.scales[::2] *= spoiler
+        return found
 
     monkeypatch.setattr(gptq, "_REFITS", 1)
     monkeypatch.setattr(gptq._Problem, "refit", half_spoilt)
-    found = gptq.quantize(weight, INT4, stats)
-    assert torch.equal(found.scales[::2], without.scales[::2])
-    assert torch.equal(found.scales[1::2], expected.scales[1::2])
+    found = gptq.quantize(weight, spec, stats)
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    assert same(found.rows(even), without.rows(even))
+    assert same(found.rows(odd), expected.rows(odd))
     assert not torch.equal(found.scales, expected.scales)
 
 
@@ -275,14 +348,15 @@ def test_codes_are_rounded_on_the_scales_stored(monkeypatch, scale_dtype):
     assert torch.isfinite(found.scales).all()
 
 
-@pytest.mark.parametrize("spec", SOME_SPECS, ids=label)
+@pytest.mark.parametrize("spec", [*SOME_SPECS, *BLOCKS], ids=label)
 def test_rounding_knows_the_error_it_ends_with(spec):
     """The errors it sums up on its way are those of the result under the damped Hessian."""
-    weight, stats = normal(24, 130), stats_of(inputs(130, 60))
-    problem = gptq._Problem(weight, stats.factor(), spec, gptq._damped(stats))
+    columns = whole(130, spec)
+    weight, stats = normal(24, columns), stats_of(inputs(columns, 60))
+    problem = problem_of(weight, stats)
     start = start_of(weight, spec, stats)
     codes, errors = problem.round(start)
-    found = QuantTensor(codes, start.scales, start.zeros, spec)
+    found = replace(start, codes=codes)
     expected = row_errors(weight, found, stats)
     torch.testing.assert_close(errors.double(), expected, rtol=1e-3, atol=0)
     torch.testing.assert_close(problem.errors(found).double(), expected, rtol=1e-3, atol=0)
@@ -299,12 +373,25 @@ def test_zero_points_stay_as_searched(bits):
     assert not torch.equal(found.codes, nearest.codes)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=label)
+@pytest.mark.parametrize("type", [type for type, grid in BLOCK_GRIDS.items() if grid.sub_bits])
+def test_the_integers_of_super_blocks_stay_as_searched(type):
+    spec = BlockSpec(type)
+    weight, stats = large(12, 512), stats_of(inputs(512, 600))
+    found, nearest = gptq.quantize(weight, spec, stats), start_of(weight, spec, stats)
+    assert torch.equal(found.sub_scales, nearest.sub_scales)
+    assert spec.grid.symmetric or torch.equal(found.sub_mins, nearest.sub_mins)
+    assert not torch.equal(found.codes, nearest.codes)
+    assert not torch.equal(found.scales, nearest.scales)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *BLOCKS], ids=label)
 def test_groups_of_zeros_stay_exactly_zero(spec):
     """Though the errors of other columns pull at them."""
-    stats = stats_of(inputs(160, 200))
-    weight = normal(6, 160)
-    length = spec.group_length(160)
+    blocks = isinstance(spec, BlockSpec)
+    columns = 2 * spec.group_size if blocks else 160
+    stats = stats_of(inputs(columns, 200))
+    weight = normal(6, columns)
+    length = spec.group_size if blocks else spec.group_length(columns)
     weight[2] = 0
     weight[::2, :length] = 0
     found = gptq.quantize(weight, spec, stats)
@@ -315,15 +402,16 @@ def test_groups_of_zeros_stay_exactly_zero(spec):
     assert values[1].any()
 
 
-@pytest.mark.parametrize("spec", SOME_SPECS, ids=label)
+@pytest.mark.parametrize("spec", [*SOME_SPECS, *BLOCKS], ids=label)
 def test_dead_inputs_are_rounded_to_nearest(spec):
     """Nothing is known of them, but at inference they may be alive."""
-    x = inputs(160, 300)
+    columns = whole(160, spec)
+    x = inputs(columns, 300)
     x[:, 32:64] = 0
     x[:, 3::7] = 0
-    weight, stats = normal(12, 160), stats_of(x)
+    weight, stats = normal(12, columns), stats_of(x)
     found = gptq.quantize(weight, spec, stats)
-    nearest = round_with_scales(weight, found.scales, found.zeros, spec)
+    nearest = nearest_codes(weight, found)
     dead = stats.second_moment == 0
     assert torch.equal(found.codes[:, dead], nearest[:, dead])
     assert not torch.equal(found.codes, nearest)
@@ -344,27 +432,37 @@ def test_a_group_of_dead_inputs_is_rounded_by_weight_alone(bits, symmetric):
 
 
 @pytest.mark.parametrize("dtype", INPUT_DTYPES)
-@pytest.mark.parametrize("spec", SOME_SPECS, ids=label)
+@pytest.mark.parametrize("spec", [*SOME_SPECS, *BLOCKS], ids=label)
 def test_half_precision_weights_are_taken_as_the_floats_they_are(dtype, spec):
-    weight, stats = normal(8, 80).to(dtype), stats_of(inputs(80, 100))
+    columns = whole(80, spec)
+    weight, stats = normal(8, columns).to(dtype), stats_of(inputs(columns, 100))
     expected = gptq.quantize(weight.float(), spec, stats)
     assert same(gptq.quantize(weight, spec, stats), expected)
     transposed = weight.t().contiguous().t()
     assert same(gptq.quantize(transposed, spec, stats), expected)
 
 
-def test_a_matrix_without_rows_stays_one():
-    stats = stats_of(inputs(64, 100))
-    for spec in (INT4, QuantSpec(4, 32, symmetric=False)):
-        assert gptq.quantize(torch.zeros(0, 64), spec, stats).shape == (0, 64)
+@pytest.mark.parametrize("spec", [INT4, QuantSpec(4, 32, symmetric=False), *BLOCKS], ids=label)
+def test_a_matrix_without_rows_stays_one(spec):
+    columns = whole(64, spec)
+    stats = stats_of(inputs(columns, 100))
+    assert gptq.quantize(torch.zeros(0, columns), spec, stats).shape == (0, columns)
+
+
+@pytest.mark.parametrize("spec", BLOCKS, ids=label)
+def test_rows_of_broken_blocks_are_refused(spec):
+    columns = spec.group_size + 16
+    with pytest.raises(ValueError, match=f"{columns} columns are no whole number of"):
+        gptq.quantize(normal(4, columns), spec, stats_of(inputs(columns, 100)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", INPUT_DTYPES)
 def test_non_finite_weights_are_named(value, dtype):
-    weight, stats = normal(5, 80).to(dtype), stats_of(inputs(80, 100))
-    weight[3, 77] = value
-    for spec in (INT4, QuantSpec(4, -1, symmetric=False)):
+    for spec in (INT4, QuantSpec(4, -1, symmetric=False), BlockSpec("Q4_1"), BlockSpec("Q6_K")):
+        columns = whole(80, spec)
+        weight, stats = normal(5, columns).to(dtype), stats_of(inputs(columns, 100))
+        weight[3, 77] = value
         with pytest.raises(ValueError, match="non-finite weight at row 3, column 77"):
             gptq.quantize(weight, spec, stats)
 
@@ -386,7 +484,7 @@ def test_without_a_hessian_the_remedy_is_named(stats):
         gptq.quantize(normal(2, 64), INT4, stats)
 
 
-@pytest.mark.parametrize("spec", SOME_SPECS, ids=label)
+@pytest.mark.parametrize("spec", [*SOME_SPECS, *SMALL_BLOCKS], ids=label)
 def test_the_number_of_torch_threads_does_not_matter_to_small_matrices(spec):
     weight, x = normal(100, 128), inputs(128, 100)
     one = gptq.quantize(weight, spec, stats_of(x))
@@ -395,9 +493,10 @@ def test_the_number_of_torch_threads_does_not_matter_to_small_matrices(spec):
     assert same(gptq.quantize(weight, spec, stats), one)
 
 
-@pytest.mark.parametrize("spec", SOME_SPECS, ids=label)
+@pytest.mark.parametrize("spec", [*SOME_SPECS, *BLOCKS], ids=label)
 def test_matrices_may_share_statistics(spec):
-    up, gate, x = normal(20, 80), normal(31, 80, seed=1), inputs(80, 100)
+    columns = whole(80, spec)
+    up, gate, x = normal(20, columns), normal(31, columns, seed=1), inputs(columns, 100)
     shared = stats_of(x)
     before = shared.hessian.clone()
     for weight in (up, gate, up):
@@ -430,8 +529,9 @@ def test_blocks_of_columns_do_not_matter(monkeypatch, block):
 
 
 @pytest.mark.parametrize("power", [-30, 30])
-@pytest.mark.parametrize("spec", SOME_SPECS, ids=label)
+@pytest.mark.parametrize("spec", [*SOME_SPECS, *BLOCKS], ids=label)
 def test_only_the_proportions_of_a_hessian_count(spec, power):
-    weight, stats = normal(12, 80), stats_of(inputs(80, 100))
+    columns = whole(80, spec)
+    weight, stats = normal(12, columns), stats_of(inputs(columns, 100))
     scaled = InputStats(9, stats.second_moment * 2.0**power, stats.hessian * 2.0**power)
     assert same(gptq.quantize(weight, spec, scaled), gptq.quantize(weight, spec, stats))

@@ -13,7 +13,7 @@ from zaya_convert.cli.calibration import Calibration, calibration_options
 from zaya_convert.cli.conversion import open_named, peak_memory
 from zaya_convert.cli.output import Output, output_options, size
 from zaya_convert.cli.params import MODEL
-from zaya_convert.errors import OutputExistsError
+from zaya_convert.errors import OutputExistsError, UsageError
 
 
 @click.command("calibrate")
@@ -35,10 +35,17 @@ from zaya_convert.errors import OutputExistsError
     required=True,
     help="The file to write; a folder gets a file named by its digest.",
 )
+@click.option(
+    "--imatrix",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Also write an imatrix for llama.cpp (GGUF, names of the dialect pr23112).",
+)
 @output_options
 def command(
     model: str | None,
     output: Path,
+    imatrix: Path | None,
     sensitivity: bool,
     threads: int | None,
     resume: bool,
@@ -54,8 +61,7 @@ def command(
     chosen = Calibration(**options)
     named = output.is_dir()
     path = output / "zaya-stats.safetensors" if named else output
-    if path.exists() and not (overwrite or named):
-        raise OutputExistsError(f"{path} exists; choose another -o, or pass --overwrite")
+    _check_outputs(None if named else path, imatrix, overwrite)
     source = open_named(model, out)
     started = time.monotonic()
     stats = calibration.run(
@@ -65,9 +71,15 @@ def command(
         path = path.rename(output / f"zaya-stats-{stats.digest[:16]}.safetensors")
     from zaya_convert.calibrate import coverage
 
+    if imatrix is not None:
+        from zaya_convert.imatrix import write
+
+        write(stats, source.config, imatrix)
+        out.note(f"imatrix: {imatrix}")
     seconds = time.monotonic() - started
     facts = {
         "output": str(path),
+        "imatrix": None if imatrix is None else str(imatrix),
         "bytes": path.stat().st_size,
         "digest": stats.digest,
         "seconds": seconds,
@@ -82,3 +94,25 @@ def command(
         f"tokens; {seconds:.1f} s, peak memory {size(facts['peak_memory_bytes'])}"
     )
     calibration.check_coverage(stats, chosen.on_uncovered, out)
+
+
+def _check_outputs(path: Path | None, imatrix: Path | None, overwrite: bool) -> None:
+    """Refuse what cannot be written, before the work.
+
+    Args:
+        path: None where the file is named when it is done.
+
+    Raises:
+        UsageError: names that do not fit what the files hold.
+        OutputExistsError: a file stands there.
+    """
+    if path is not None and path.suffix.lower() == ".gguf":
+        raise UsageError(
+            "-o takes statistics of zaya-convert's own form, which is not GGUF; "
+            "--imatrix FILE.gguf writes an imatrix as well"
+        )
+    if path and imatrix and path.absolute() == imatrix.absolute():
+        raise UsageError("-o and --imatrix name the same file")
+    for file, flag in ((path, "-o"), (imatrix, "--imatrix")):
+        if file is not None and file.exists() and not overwrite:
+            raise OutputExistsError(f"{file} exists; choose another {flag}, or pass --overwrite")

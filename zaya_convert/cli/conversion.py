@@ -13,6 +13,7 @@ from zaya_convert import models
 from zaya_convert.cli.output import Output, size, table
 from zaya_convert.cli.progress import bytes_bar
 from zaya_convert.errors import UsageError
+from zaya_convert.export import FORMATS, packing
 
 if TYPE_CHECKING:
     from zaya_convert.checkpoint import Checkpoint
@@ -21,16 +22,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Writing:
-    """The options of ``params.writing_options``."""
+    """The options of ``params.writing_options`` and ``--format``."""
 
-    packing: str
+    format: str
+    packing: str | None
+    dialect: str | None
     output: Path | None
-    shard_size: int
+    shard_size: int | None
     base_model: str | None
     threads: int | None
     dry_run: bool
     resume: bool
     overwrite: bool
+
+    @property
+    def target(self) -> str:
+        """The packing to write.
+
+        Raises:
+            UsageError: options of another format.
+        """
+        if self.format == "gguf":
+            if self.packing:
+                raise UsageError("--packing is for safetensors; GGUF has --dialect")
+            return "gguf" if self.dialect in (None, "pr23112") else f"gguf-{self.dialect}"
+        if self.dialect:
+            raise UsageError("--dialect is for GGUF; give --to gguf (or --format gguf)")
+        return self.packing or FORMATS[self.format][0]
 
 
 def open_named(model: str | None, out: Output, notes: bool = True) -> Checkpoint:
@@ -49,7 +67,8 @@ def open_named(model: str | None, out: Output, notes: bool = True) -> Checkpoint
 
 def default_output(source: Checkpoint, model: str | None, suffix: str) -> Path:
     """``./NAME-suffix`` in the working directory."""
-    name = models.origin(model).rpartition("/")[2] or source.path.resolve().name
+    path = source.path.resolve()
+    name = models.origin(model).rpartition("/")[2] or path.name.removesuffix(".gguf")
     return Path(f"{name}-{suffix}")
 
 
@@ -59,11 +78,14 @@ def carry_out(plan: Plan, output: Path, model: str | None, options: Writing, out
     Raises:
         UsageError: nothing would be quantized, so that no reader could tell what the folder is.
     """
-    if plan.packing != "dense" and all(step.spec is None for step in plan.steps):
+    splits = plan.packing in ("compressed-tensors", "auto-round")
+    if splits and all(step.spec is None for step in plan.steps):
         raise UsageError(
             f"nothing in this plan is quantized, which {plan.packing} has no form for; "
             "quantize with a recipe that matches something, or use --packing dense"
         )
+    for note in packing(plan.packing).notes(plan):
+        out.note(f"note: {note}")
     if options.dry_run:
         _show(plan, output, out)
         return
@@ -86,7 +108,8 @@ def carry_out(plan: Plan, output: Path, model: str | None, options: Writing, out
         "bf16_scales": list(result.widened),
         "peak_memory_bytes": peak_memory(),
     }
-    del facts["widened"]
+    facts["subnormal_scales"] = list(result.narrow)
+    del facts["widened"], facts["narrow"]
     out.result(facts, str(result.output))
     speed = total / result.seconds if result.seconds and not result.resumed_steps else 0
     out.note(
@@ -98,6 +121,11 @@ def carry_out(plan: Plan, output: Path, model: str | None, options: Writing, out
     )
     if result.widened:
         out.note(f"{len(result.widened)} matrices needed bf16 scales (outside fp16's normal range)")
+    if result.narrow:
+        out.note(
+            f"{len(result.narrow)} matrices have scales below fp16's normal range, which cost "
+            f"precision; {plan.packing} holds no wider ones"
+        )
     reference = [] if model is None else ["--reference", model]
     proof = ["zaya-convert", "validate", str(result.output), *reference]
     out.note(f"prove it: {shlex.join(proof)}")

@@ -8,9 +8,11 @@ from typing import Any
 import click
 
 from zaya_convert import models
+from zaya_convert import recipe as recipes
 from zaya_convert.cli.conversion import Writing, carry_out, default_output, open_named
 from zaya_convert.cli.output import Output, output_options
 from zaya_convert.cli.params import MODEL, writing_options
+from zaya_convert.export import FORMATS
 
 
 @click.command("export")
@@ -18,27 +20,37 @@ from zaya_convert.cli.params import MODEL, writing_options
 @click.option(
     "--to",
     "format",
-    type=click.Choice(["safetensors"]),
+    type=click.Choice(list(FORMATS)),
     default="safetensors",
     show_default=True,
     help="File format.",
 )
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(recipes.TYPES, case_sensitive=False),
+    help="Type of all matrices [default: as MODEL holds them]. Block types are for GGUF and float "
+    "models: plain rounding, as other converters do; `quantize` does better.",
+)
 @writing_options
 @output_options
-def command(model: str, format: str, out: Output, **options: Any) -> None:
-    """Write MODEL in another packing: the same codes and scales, never quantized again.
+def command(model: str, format: str, kind: str | None, out: Output, **options: Any) -> None:
+    """Write MODEL in another form: the same codes and scales, never quantized again.
 
-    --packing dense writes large matrices in bf16: dequantized values, and float matrices that the
-    source holds wider, are rounded to it. A float checkpoint can only be written so: that turns
+    --to gguf writes a file for those builds of llama.cpp that know ZAYA1. --packing dense writes
+    large matrices in bf16 (or --type): dequantized values, and float matrices that the source holds
+    wider, are rounded to it. In safetensors a float checkpoint can only be written so: that turns
     the legacy layout into the hybrid one. Prints the output's path.
     """
-    writing = Writing(**options)
+    writing = Writing(format, **options)
     source = open_named(model, out)
     from zaya_convert.plan import make_plan
 
     origin = writing.base_model or models.origin(model) or _origin_of(source.manifest)
-    plan = make_plan(source, None, writing.packing, writing.shard_size, origin)
-    output = writing.output or default_output(source, model, writing.packing)
+    recipe = recipes.adjusted(recipes.for_type(kind), method="absmax") if kind else None
+    plan = make_plan(source, recipe, writing.target, writing.shard_size, origin)
+    suffix = f"{kind.upper()}.gguf" if kind and format == "gguf" else kind or writing.target
+    output = writing.output or default_output(source, model, suffix)
     carry_out(plan, output, model, writing, out)
 
 

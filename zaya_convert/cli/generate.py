@@ -92,7 +92,7 @@ def _run(
     from zaya_convert.runtime.model import Model
     from zaya_convert.runtime.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(checkpoint.path)
+    tokenizer = Tokenizer.of(checkpoint)
     if raw or not tokenizer.template:
         ids = tokenizer.encode(prompt)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from zaya_convert.export import PACKINGS
+from zaya_convert.export import FORMATS
 from zaya_convert.recipe import parse_size
 
 
@@ -33,16 +33,25 @@ MODEL = click.Path()
 _WRITING = (
     click.option(
         "--packing",
-        type=click.Choice(list(PACKINGS)),
-        default="compressed-tensors",
-        show_default=True,
-        help="How weights are stored; dense is a dequantized bf16 twin.",
+        type=click.Choice(FORMATS["safetensors"]),
+        help="How safetensors hold weights [default: compressed-tensors]; dense is a dequantized "
+        "bf16 twin.",
     ),
     click.option(
-        "-o", "--output", type=click.Path(path_type=Path), help="Output folder (default: ./NAME)."
+        "--dialect",
+        type=click.Choice([name.removeprefix("gguf-") for name in FORMATS["gguf"][1:]]),
+        help="Which loaders a GGUF file is for [default: those of llama.cpp's pull request 23112].",
     ),
     click.option(
-        "--shard-size", type=Size(), default="2GB", show_default=True, help="Largest weight file."
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        help="Output folder, or a single file NAME.gguf (default: ./NAME).",
+    ),
+    click.option(
+        "--shard-size",
+        type=Size(),
+        help="Largest weight file [default: 2GB; GGUF: one file].",
     ),
     click.option("--base-model", metavar="ID", help="Hub id to name as base model in the card."),
     click.option("--threads", type=click.IntRange(1), help="Default: one per core."),

@@ -17,11 +17,13 @@ from zaya_convert.cli.output import Output, output_options
 from zaya_convert.cli.params import MODEL, Size, writing_options
 from zaya_convert.cli.progress import stages_bar
 from zaya_convert.errors import InputError, UsageError
+from zaya_convert.export import FORMATS
 from zaya_quant.methods import METHODS
 from zaya_quant.spec import QuantSpec
 
 if TYPE_CHECKING:
     from zaya_convert.checkpoint import Checkpoint
+    from zaya_convert.plan import Plan
     from zaya_convert.stats import Stats
 
 
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--format",
-    type=click.Choice(["safetensors"]),
+    type=click.Choice(list(FORMATS)),
     default="safetensors",
     show_default=True,
     help="File format.",
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
     "--stats",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Calibration to use; made and kept there if the file does not exist yet.",
+    help="Calibration to use, or an imatrix (.gguf); made and kept there if it does not exist yet.",
 )
 @click.option(
     "--target-bpw",
@@ -100,7 +102,7 @@ def command(
     for it. Prints the output's path.
     """
     calibration = Calibration(**{f.name: options.pop(f.name) for f in fields(Calibration)})
-    writing = Writing(**options)
+    writing = Writing(format, **options)
     chosen = choose_recipe(recipe, bits, group_size, method)
     target = _target(chosen, target_bpw, target_size)
     source = open_named(model, out)
@@ -108,11 +110,14 @@ def command(
 
     origin = writing.base_model or models.origin(model)
     suffix = f"int{bits}" if bits and not recipe else chosen.name
-    if writing.packing != "compressed-tensors":
-        suffix += f"-{writing.packing}"
+    if format == "gguf":
+        suffix += ".gguf"
+    elif writing.target != "compressed-tensors":
+        suffix += f"-{writing.target}"
     output = writing.output or default_output(source, model, suffix)
     job = _Job(source, calibration, writing, output, stats, out)
-    plan = make_plan(source, chosen, writing.packing, writing.shard_size, origin)
+    plan = make_plan(source, chosen, writing.target, writing.shard_size, origin)
+    job.check(plan, target is not None)
     if not writing.dry_run:
         from zaya_convert.convert import check_ready
 
@@ -120,7 +125,7 @@ def command(
     with job:
         if target is not None and job.may_calibrate:
             chosen, allocation = job.allocate(chosen, target)
-            plan = make_plan(source, chosen, writing.packing, writing.shard_size, origin)
+            plan = make_plan(source, chosen, writing.target, writing.shard_size, origin)
             plan = replace(plan, allocation=allocation)
         elif target is not None:
             out.note(
@@ -134,7 +139,7 @@ def command(
 
             source = equalized(source, chosen, job.stats(False))
             plan = replace(
-                make_plan(source, chosen, writing.packing, writing.shard_size, origin),
+                make_plan(source, chosen, writing.target, writing.shard_size, origin),
                 allocation=plan.allocation,
             )
         if plan.needs_stats and not writing.dry_run:
@@ -188,6 +193,22 @@ class _Job:
         """A dry run only looks at statistics that are there already."""
         return not self.writing.dry_run or (self.path is not None and self.path.is_file())
 
+    def check(self, plan: Plan, allocates: bool) -> None:
+        """Refuse at once what the file at hand cannot be used for.
+
+        Raises:
+            UsageError: an imatrix that is not enough, or is not there.
+            InputError: neither statistics nor an imatrix.
+        """
+        if self.path is None:
+            return
+        from zaya_convert import imatrix
+
+        if imatrix.recognise(self.path):
+            imatrix.check_uses(self.path, {s.method for s in plan.steps if s.method}, allocates)
+        elif self.path.suffix.lower() == imatrix.SUFFIX and not self.path.exists():
+            raise UsageError(f"no file {self.path}; `zaya-convert calibrate --imatrix` makes one")
+
     def stats(self, sensitivity: bool) -> Stats:
         """Read the statistics, or calibrate."""
         if not self._found:
@@ -195,12 +216,11 @@ class _Job:
         return self._found[0]
 
     def _get(self, sensitivity: bool) -> Stats:
-        from zaya_convert import stats as files
         from zaya_convert.cli import calibration
 
         path = self.path or self._own
         if path.is_file() and (self.path or self.writing.resume):
-            found = files.read(path)
+            found = self._read(path)
             found.check_fits(self.source)
         else:
             found = calibration.run(
@@ -211,6 +231,14 @@ class _Job:
         calibration.check_coverage(found, self.calibration.on_uncovered, self.out)
         return found
 
+    def _read(self, path: Path) -> Stats:
+        from zaya_convert import imatrix
+        from zaya_convert import stats as files
+
+        if imatrix.recognise(path):
+            return imatrix.read(path, self.source, self.calibration.min_tokens)
+        return files.read(path)
+
     def allocate(
         self, recipe: recipes.Recipe, target: _Target
     ) -> tuple[recipes.Recipe, dict[str, Any]]:
@@ -220,7 +248,7 @@ class _Job:
         stats, size = self.stats(True), target.bytes(self.source)
         with stages_bar(self.out) as progress:
             found = allocate(
-                self.source, recipe, self.writing.packing, stats, size, ceiling=target.ceiling,
+                self.source, recipe, self.writing.target, stats, size, ceiling=target.ceiling,
                 threads=self.writing.threads, progress=progress,
             )  # fmt: skip
         lines = [

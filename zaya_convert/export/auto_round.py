@@ -18,27 +18,34 @@ from typing import TYPE_CHECKING, Any
 from zaya_convert.checkpoint import Checkpoint, TensorInfo
 from zaya_convert.config import ModelConfig
 from zaya_convert.errors import InputError
-from zaya_convert.export import split
+from zaya_convert.export import safetensors, split
 from zaya_convert.export.arrays import Region
-from zaya_convert.files import read_json
+from zaya_convert.files import json_bytes, read_json
 from zaya_convert.headers import RawTensor
 from zaya_convert.layout import TensorKey
-from zaya_quant.spec import QuantSpec
+from zaya_quant.spec import QuantSpec, Spec
 
 if TYPE_CHECKING:
     import torch
 
     from zaya_convert.plan import Plan
-    from zaya_quant.qtensor import QuantTensor
+    from zaya_quant.qtensor import Quantized, QuantTensor
 
 NAME = "auto-round"
 _SUFFIXES = (".qweight", ".scales", ".qzeros")
 _BITS = (2, 4, 8)
 
 
-def problems(info: TensorInfo, spec: QuantSpec) -> list[str]:
+model_problems = split.model_problems
+notes = split.notes
+container = safetensors.container
+
+
+def problems(info: TensorInfo, spec: Spec) -> list[str]:
     """Reasons why ``info`` cannot be stored with ``spec``."""
     found = split.storage_problems(info, spec)
+    if not isinstance(spec, QuantSpec):
+        return found
     if spec.bits not in _BITS:
         found.append(f"{spec.bits} bits do not fit; this packing holds {_BITS}")
     elif any(size * spec.bits % 32 for size in info.shape):
@@ -48,10 +55,13 @@ def problems(info: TensorInfo, spec: QuantSpec) -> list[str]:
     return found
 
 
-def regions(info: TensorInfo, spec: QuantSpec | None, config: ModelConfig) -> dict[str, Region]:
+def regions(
+    info: TensorInfo, spec: Spec | None, config: ModelConfig, dtype: str = ""
+) -> dict[str, Region]:
     """The three arrays of a quantized matrix, or the one of a float tensor."""
     if spec is None:
-        return split.float_regions(info, config)
+        return split.float_regions(info, config, dtype)
+    assert isinstance(spec, QuantSpec)
     rows, columns = info.shape
     groups = spec.groups(columns)
     shapes = {
@@ -63,14 +73,16 @@ def regions(info: TensorInfo, spec: QuantSpec | None, config: ModelConfig) -> di
     return {s: split.whole(module + s, dtype, shape) for s, (dtype, shape) in shapes.items()}
 
 
-def encode(value: torch.Tensor | QuantTensor) -> dict[str, torch.Tensor]:
+def encode(info: TensorInfo, value: torch.Tensor | Quantized) -> dict[str, torch.Tensor]:
     """The arrays of one tensor."""
     import torch
 
     from zaya_quant.pack import gptq_zeros, pack_gptq
+    from zaya_quant.qtensor import BlockTensor
 
     if isinstance(value, torch.Tensor):
         return {"": value}
+    assert not isinstance(value, BlockTensor)
     rows, _ = value.shape
     return {
         ".qweight": pack_gptq(value.codes, value.spec.bits),
@@ -79,9 +91,9 @@ def encode(value: torch.Tensor | QuantTensor) -> dict[str, torch.Tensor]:
     }
 
 
-def config(plan: Plan) -> dict[str, Any]:
-    """transformers' configuration with auto-round's ``quantization_config``."""
-    specs = [step.spec for step in plan.steps if step.spec is not None]
+def files(plan: Plan) -> dict[str, bytes]:
+    """``config.json`` with auto-round's ``quantization_config``."""
+    specs = [step.spec for step in plan.steps if isinstance(step.spec, QuantSpec)]
     common = max(set(specs), key=specs.count) if specs else QuantSpec(4, 32)
     extra: dict[str, Any] = {
         name: {"bits": 16, "data_type": "fp"} for name in split.linear_modules(plan.source.config)
@@ -104,7 +116,8 @@ def config(plan: Plan) -> dict[str, Any]:
         "block_name_to_quantize": "model.layers",
         "extra_config": extra,
     }
-    return plan.source.config.to_transformers() | {"quantization_config": quantization}
+    config = plan.source.config.to_transformers() | {"quantization_config": quantization}
+    return {"config.json": json_bytes(config)}
 
 
 def recognises(config: Mapping[str, Any]) -> bool:
@@ -153,7 +166,7 @@ def _decode(info: TensorInfo, pieces: dict[str, torch.Tensor]) -> QuantTensor:
     from zaya_quant.pack import gptq_zeros, unpack_gptq
     from zaya_quant.qtensor import QuantTensor
 
-    assert info.spec is not None
+    assert isinstance(info.spec, QuantSpec)
     scales = pieces[".scales"]
     expected = gptq_zeros(scales.shape[0], info.shape[0], info.spec.bits)
     if not torch.equal(pieces[".qzeros"], expected):

@@ -23,18 +23,18 @@ from typing import TYPE_CHECKING, Any
 from zaya_convert.checkpoint import Checkpoint, TensorInfo
 from zaya_convert.config import ModelConfig
 from zaya_convert.errors import InputError
-from zaya_convert.export import split
+from zaya_convert.export import safetensors, split
 from zaya_convert.export.arrays import Region
-from zaya_convert.files import read_json
+from zaya_convert.files import json_bytes, read_json
 from zaya_convert.headers import RawTensor
 from zaya_convert.layout import PART_BY_NAME, TensorKey
-from zaya_quant.spec import QuantSpec
+from zaya_quant.spec import QuantSpec, Spec
 
 if TYPE_CHECKING:
     import torch
 
     from zaya_convert.plan import Plan
-    from zaya_quant.qtensor import QuantTensor
+    from zaya_quant.qtensor import Quantized, QuantTensor
 
 NAME = "compressed-tensors"
 
@@ -46,15 +46,23 @@ _TARGETS = {"expert": r"re:.*mlp\.experts\..*", "attention": r"re:.*self_attn\..
 _SUFFIXES = (".weight_packed", ".weight_scale", ".weight_shape")
 
 
-def problems(info: TensorInfo, spec: QuantSpec) -> list[str]:
+model_problems = split.model_problems
+notes = split.notes
+container = safetensors.container
+
+
+def problems(info: TensorInfo, spec: Spec) -> list[str]:
     """Reasons why ``info`` cannot be stored with ``spec``."""
     return split.storage_problems(info, spec)
 
 
-def regions(info: TensorInfo, spec: QuantSpec | None, config: ModelConfig) -> dict[str, Region]:
+def regions(
+    info: TensorInfo, spec: Spec | None, config: ModelConfig, dtype: str = ""
+) -> dict[str, Region]:
     """The three arrays of a quantized matrix, or the one of a float tensor."""
     if spec is None:
-        return split.float_regions(info, config)
+        return split.float_regions(info, config, dtype)
+    assert isinstance(spec, QuantSpec)
     rows, columns = info.shape
     module = info.key.module
     scale = split.SCALE_DTYPE[spec.scale_dtype]
@@ -66,14 +74,16 @@ def regions(info: TensorInfo, spec: QuantSpec | None, config: ModelConfig) -> di
     return {s: split.whole(module + s, dtype, shape) for s, (dtype, shape) in shapes.items()}
 
 
-def encode(value: torch.Tensor | QuantTensor) -> dict[str, torch.Tensor]:
+def encode(info: TensorInfo, value: torch.Tensor | Quantized) -> dict[str, torch.Tensor]:
     """The arrays of one tensor."""
     import torch
 
     from zaya_quant.pack import pack_int32
+    from zaya_quant.qtensor import BlockTensor
 
     if isinstance(value, torch.Tensor):
         return {"": value}
+    assert not isinstance(value, BlockTensor)
     return {
         ".weight_packed": pack_int32(value.codes, value.spec.bits),
         ".weight_scale": value.scales,
@@ -81,13 +91,13 @@ def encode(value: torch.Tensor | QuantTensor) -> dict[str, torch.Tensor]:
     }
 
 
-def config(plan: Plan) -> dict[str, Any]:
-    """transformers' configuration with a ``quantization_config``: targets and explicit ignores."""
+def files(plan: Plan) -> dict[str, bytes]:
+    """``config.json`` with a ``quantization_config``: targets and explicit ignores."""
     modules: dict[str, dict[QuantSpec, list[str]]] = {role: {} for role in _TARGETS}
     ignore = split.linear_modules(plan.source.config)
     for step in plan.steps:
         role = PART_BY_NAME[step.key.part].role
-        if step.spec is not None:
+        if isinstance(step.spec, QuantSpec):
             # the dtype of the scales stands in the file, not here
             scheme = replace(step.spec, scale_dtype="float16")
             modules[role].setdefault(scheme, []).append(step.key.module)
@@ -109,7 +119,8 @@ def config(plan: Plan) -> dict[str, Any]:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-    return plan.source.config.to_transformers() | {"quantization_config": quantization}
+    config = plan.source.config.to_transformers() | {"quantization_config": quantization}
+    return {"config.json": json_bytes(config)}
 
 
 def recognises(config: Mapping[str, Any]) -> bool:
@@ -154,7 +165,7 @@ def _decode(info: TensorInfo, pieces: dict[str, torch.Tensor]) -> QuantTensor:
     from zaya_quant.pack import unpack_int32
     from zaya_quant.qtensor import QuantTensor
 
-    assert info.spec is not None
+    assert isinstance(info.spec, QuantSpec)
     shape = pieces[".weight_shape"].tolist()
     if shape != list(info.shape):
         raise ValueError(f".weight_shape holds {shape}, expected {list(info.shape)}")

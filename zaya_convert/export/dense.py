@@ -15,48 +15,50 @@ from typing import TYPE_CHECKING, Any
 from zaya_convert import layout, manifest
 from zaya_convert.checkpoint import Checkpoint, TensorInfo, open_source
 from zaya_convert.config import ModelConfig
-from zaya_convert.export.arrays import Array, Region
-from zaya_convert.headers import DTYPE_BYTES
+from zaya_convert.export import safetensors, split
+from zaya_convert.export.arrays import Array, Region, piece_of
+from zaya_convert.files import json_bytes
 
 if TYPE_CHECKING:
     import torch
 
     from zaya_convert.plan import Plan
-    from zaya_quant.qtensor import QuantTensor
-    from zaya_quant.spec import QuantSpec
+    from zaya_quant.qtensor import Quantized
+    from zaya_quant.spec import Spec
 
 
-def problems(info: TensorInfo, spec: QuantSpec) -> list[str]:
+model_problems = split.model_problems
+notes = split.notes
+container = safetensors.container
+
+
+def problems(info: TensorInfo, spec: Spec) -> list[str]:
     """Nothing: every quantized tensor can be dequantized."""
     return []
 
 
-def regions(info: TensorInfo, spec: QuantSpec | None, config: ModelConfig) -> dict[str, Region]:
+def regions(
+    info: TensorInfo, spec: Spec | None, config: ModelConfig, dtype: str = ""
+) -> dict[str, Region]:
     """One component: the matrix, or its slice of the fused tensor."""
     place = layout.stored("hybrid", info.key, config.dims, config.layers)
     is_float = layout.PART_BY_NAME[info.key.part].role == "float"
-    array = Array(place.name, info.dtype if is_float else "BF16", place.shape)
-    size = info.numel * DTYPE_BYTES[array.dtype]
-    offset = 0
-    if place.expert is not None:
-        offset = place.expert * (array.bytes // place.shape[0])
-    if place.rows:
-        offset += place.rows[0] * place.shape[-1] * DTYPE_BYTES[array.dtype]
-    return {"": Region(array, offset, size)}
+    array = Array(place.name, info.dtype if is_float else dtype or "BF16", place.shape)
+    return {"": piece_of(array, place.expert, place.rows)}
 
 
-def encode(value: torch.Tensor | QuantTensor) -> dict[str, torch.Tensor]:
-    """The values in bf16."""
+def encode(info: TensorInfo, value: torch.Tensor | Quantized) -> dict[str, torch.Tensor]:
+    """Floats as they are, codes in bf16."""
     import torch
 
     if isinstance(value, torch.Tensor):
-        return {"": value.to(torch.bfloat16)}
+        return {"": value}
     return {"": value.dequantize(torch.bfloat16)}
 
 
-def config(plan: Plan) -> dict[str, Any]:
+def files(plan: Plan) -> dict[str, bytes]:
     """A plain transformers configuration."""
-    return plan.source.config.to_transformers()
+    return {"config.json": json_bytes(plan.source.config.to_transformers())}
 
 
 def recognises(config: Mapping[str, Any]) -> bool:

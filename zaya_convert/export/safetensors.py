@@ -1,100 +1,66 @@
-"""The safetensors container: shards with planned offsets, filled in any order by any thread.
+"""The safetensors container.
 
-The header of a shard is written last but its length is fixed first, padded with spaces to hold the
-longest dtype names, because one thing is only known after the weights were read: whether a
-matrix's scales fit fp16 or had to become bf16, which has the same size.
+The header of a shard is padded with spaces to hold the longest dtype names, because one thing is
+only known after the weights were read: whether a matrix's scales fit fp16 or had to become bf16,
+which has the same size.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from zaya_convert.export.arrays import Array, Region
+from zaya_convert.export.arrays import Array
+from zaya_convert.export.container import Outcome, PlannedFile, PlannedFiles, split
+
+if TYPE_CHECKING:
+    from zaya_convert.plan import Plan
 
 INDEX = "model.safetensors.index.json"
+DEFAULT_SHARD_BYTES = 2_000_000_000
 _METADATA = {"format": "pt"}
 
 
 class ShardSet:
-    """The weight files of one output folder."""
+    """The safetensors files of one output folder."""
 
-    def __init__(self, folder: Path, arrays: Sequence[Array], shard_bytes: int) -> None:
+    def __init__(self, folder: Path, arrays: Sequence[Array], shard_bytes: int | None) -> None:
         """Lay the arrays out and create the files at their full size."""
-        shards = _split(arrays, shard_bytes)
-        total = len(shards)
-        self.names = [_shard_name(i, total) for i in range(total)]
-        self._shards = shards
-        self._starts = [8 + _header_length(shard) for shard in shards]
-        self._place: dict[str, tuple[int, int]] = {}
-        self.descriptors: list[int] = []
-        for i, shard in enumerate(shards):
-            offset = self._starts[i]
-            for array in shard:
-                self._place[array.name] = (i, offset)
-                offset += array.bytes
-            descriptor = os.open(folder / self.names[i], os.O_RDWR | os.O_CREAT, 0o666)
-            self.descriptors.append(descriptor)
-            os.ftruncate(descriptor, offset)
+        shards = split(arrays, shard_bytes or DEFAULT_SHARD_BYTES)
+        self.files = PlannedFiles(
+            folder, [_planned(i, len(shards), shard) for i, shard in enumerate(shards)]
+        )
 
-    def write(self, region: Region, data: memoryview | bytes | bytearray, offset: int = 0) -> None:
-        """Write bytes of a region, beginning ``offset`` bytes into it. Safe from any thread."""
-        shard, start = self._place[region.array.name]
-        position, view = start + region.offset + offset, memoryview(data)
-        while view:
-            count = os.pwrite(self.descriptors[shard], view, position)
-            position, view = position + count, view[count:]
-
-    def read(self, region: Region, size: int = 32 << 20) -> Iterator[bytes]:
-        """Read a region back, in pieces of at most ``size`` bytes."""
-        shard, start = self._place[region.array.name]
-        for offset in range(0, region.bytes, size):
-            count = min(size, region.bytes - offset)
-            yield os.pread(self.descriptors[shard], count, start + region.offset + offset)
-
-    def finish(self, dtypes: Mapping[str, str]) -> dict[str, bytes]:
-        """Write the headers.
-
-        Args:
-            dtypes: arrays whose final dtype differs from the planned one (of the same width).
-
-        Returns:
-            Further files of the container: the index, when there is more than one shard.
-        """
-        for i, shard in enumerate(self._shards):
-            header = _header(shard, dtypes).ljust(self._starts[i] - 8)
-            os.pwrite(self.descriptors[i], len(header).to_bytes(8, "little") + header, 0)
-        if len(self.names) == 1:
+    def finish(self, outcome: Outcome) -> dict[str, bytes]:
+        """Write the headers; returns the index, when there is more than one shard."""
+        planned = self.files.planned
+        for i, file in enumerate(planned):
+            header = _header(file.arrays, outcome.dtypes).ljust(file.data_start - 8)
+            self.files.write_at(i, 0, len(header).to_bytes(8, "little") + header)
+        if len(planned) == 1:
             return {}
-        weight_map = {name: self.names[shard] for name, (shard, _) in self._place.items()}
-        size = sum(array.bytes for shard in self._shards for array in shard)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        arrays = [array for file in planned for array in file.arrays]
+        weight_map = {array.name: self.files.file_of(array.name) for array in arrays}
+        index = {
+            "metadata": {"total_size": sum(array.bytes for array in arrays)},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
         return {INDEX: (json.dumps(index, indent=1) + "\n").encode()}
 
-    def close(self) -> None:
-        """Close the files."""
-        for descriptor in self.descriptors:
-            os.close(descriptor)
+
+def container(plan: Plan, folder: Path) -> ShardSet:
+    """The files of a plan; what every packing on safetensors answers."""
+    return ShardSet(folder, plan.arrays, plan.shard_bytes)
 
 
-def _split(arrays: Sequence[Array], shard_bytes: int) -> list[list[Array]]:
-    shards: list[list[Array]] = [[]]
-    filled = 0
-    for array in arrays:
-        if shards[-1] and filled + array.bytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(array)
-        filled += array.bytes
-    return shards
-
-
-def _shard_name(index: int, total: int) -> str:
-    if total == 1:
-        return "model.safetensors"
-    return f"model-{index + 1:05d}-of-{total:05d}.safetensors"
+def _planned(index: int, total: int, shard: Sequence[Array]) -> PlannedFile:
+    name = f"model-{index + 1:05d}-of-{total:05d}.safetensors"
+    offsets = list(accumulate((array.bytes for array in shard), initial=0))[:-1]
+    start = 8 + _header_length(shard)
+    return PlannedFile("model.safetensors" if total == 1 else name, start, shard, offsets)
 
 
 def _header_length(shard: Sequence[Array]) -> int:

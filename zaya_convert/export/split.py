@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from zaya_convert import layout, manifest
 from zaya_convert.checkpoint import Checkpoint, Decoder, Piece, TensorInfo, match_tensors
 from zaya_convert.config import ModelConfig, normalise
 from zaya_convert.errors import InputError
-from zaya_convert.export.arrays import Array, Region
+from zaya_convert.export.arrays import Array, Region, piece_of
 from zaya_convert.files import load_tensors, read_json
 from zaya_convert.headers import RawTensor
 from zaya_convert.layout import PART_BY_NAME, TensorKey
-from zaya_quant.spec import QuantSpec
+from zaya_quant.spec import BlockSpec, QuantSpec, Spec
+
+if TYPE_CHECKING:
+    from zaya_convert.plan import Plan
 
 SCALE_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 SCALE_NAME = {dtype: name for name, dtype in SCALE_DTYPE.items()}
@@ -28,18 +32,32 @@ SpecOf = Callable[[TensorKey, tuple[int, ...], Mapping[str, RawTensor]], QuantSp
 
 def whole(name: str, dtype: str, shape: tuple[int, ...]) -> Region:
     """A region that is a whole array."""
-    array = Array(name, dtype, shape)
-    return Region(array, 0, array.bytes)
+    return piece_of(Array(name, dtype, shape))
 
 
-def float_regions(info: TensorInfo, config: ModelConfig) -> dict[str, Region]:
+def float_regions(info: TensorInfo, config: ModelConfig, dtype: str) -> dict[str, Region]:
     """A float tensor under its own name, experts one matrix at a time."""
     place = layout.stored("split", info.key, config.dims, config.layers)
-    return {"": whole(place.name, info.dtype, info.shape)}
+    is_float = PART_BY_NAME[info.key.part].role == "float"
+    return {"": whole(place.name, info.dtype if is_float else dtype or info.dtype, info.shape)}
 
 
-def storage_problems(info: TensorInfo, spec: QuantSpec) -> list[str]:
+def model_problems(config: ModelConfig) -> list[str]:
+    """What transformers' configuration cannot say."""
+    if len({window for window in config.windows if window}) > 1:
+        return ["layers have windows of different sizes, which config.json cannot say"]
+    return []
+
+
+def notes(plan: Plan) -> list[str]:
+    """Nothing that the model card does not say."""
+    return []
+
+
+def storage_problems(info: TensorInfo, spec: Spec) -> list[str]:
     """What neither packing's readers can hold."""
+    if isinstance(spec, BlockSpec):
+        return [f"{spec.label} is a block type of GGUF; this packing cannot hold it"]
     out_features, in_features = info.shape
     found = []
     if not spec.symmetric:

@@ -1,17 +1,15 @@
 """``Tokenizer``: a model folder's own tokenizer, chat template and stop tokens.
 
-Nothing about ZAYA1's prompt format is written here: ``tokenizer.json``, ``tokenizer_config.json``
-and the chat template of the folder say it all. The template is code from a stranger, so it runs in
-jinja's sandbox, with the helpers that transformers' templates expect.
+The template is code from a stranger, so it runs in jinja's sandbox, with the helpers that
+transformers' templates expect.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -20,10 +18,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from zaya_convert import tokenizer_files
+from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.errors import InputError
-from zaya_convert.files import read_json, read_small
 
-_SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
 _REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character (yet)
 
 
@@ -33,7 +31,7 @@ class Tokenizer:
 
     Attributes:
         backend: the parsed ``tokenizer.json``.
-        specials: ``bos_token`` and friends as text, those that the folder names.
+        specials: ``bos_token`` and friends as text, those that the model names.
         template: the chat template's source, "" when there is none.
         stop_ids: tokens that end a generation.
     """
@@ -44,25 +42,34 @@ class Tokenizer:
     stop_ids: frozenset[int]
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Read the tokenizer of a model folder.
+    def of(cls, checkpoint: Checkpoint) -> Tokenizer:
+        """Read the tokenizer of a model.
 
         Raises:
             InputError: there is none, or one of its files is damaged.
         """
-        path = folder / "tokenizer.json"
-        if not path.is_file():
+        files = checkpoint.side_files()
+        if "tokenizer.json" not in files:
             raise InputError(
-                "has no tokenizer.json; copy it from the model's original folder", str(folder)
+                "has no tokenizer.json; copy it from the model's original folder",
+                checkpoint.path.name,
             )
+        return cls.parse(files, checkpoint.raw_config)
+
+    @classmethod
+    def parse(cls, files: Mapping[str, bytes], config: Mapping[str, Any]) -> Tokenizer:
+        """A tokenizer from a model's side files, and its ``config.json`` for stop tokens.
+
+        Raises:
+            InputError: one of the files is damaged.
+        """
         try:
-            backend = tokenizers.Tokenizer.from_str(read_small(path).decode("utf-8"))
+            backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
-            raise InputError(f"cannot be parsed ({error})", path.name) from None
-        settings = _optional(folder, "tokenizer_config.json")
-        names = _optional(folder, "special_tokens_map.json") | settings
-        specials = {name: _text(names[name]) for name in _SPECIALS if names.get(name)}
-        return cls(backend, specials, _template(folder, settings), _stop_ids(folder))
+            raise InputError(f"cannot be parsed ({error})", "tokenizer.json") from None
+        stop = frozenset(tokenizer_files.stop_ids(files, config))
+        template = tokenizer_files.template(files)
+        return cls(backend, tokenizer_files.specials(files), template, stop)
 
     @property
     def size(self) -> int:
@@ -197,38 +204,3 @@ def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 
 def _raise(message: str) -> str:
     raise TemplateError(message)
-
-
-def _optional(folder: Path, name: str) -> dict[str, Any]:
-    return read_json(folder / name) if (folder / name).is_file() else {}
-
-
-def _text(token: Any) -> str:
-    """A special token's text, stored as a string or as an object with ``content``."""
-    return str(token.get("content", "")) if isinstance(token, dict) else str(token)
-
-
-def _template(folder: Path, settings: Mapping[str, Any]) -> str:
-    """The chat template, from the newest of the places where folders keep it."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return read_small(path).decode("utf-8", errors="replace")
-    found = _optional(folder, "chat_template.json").get("chat_template")
-    found = found or settings.get("chat_template") or ""
-    if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found}
-        found = named.get("default") or ""
-    if not isinstance(found, str):
-        raise InputError("chat_template must be text", "tokenizer_config.json")
-    return found
-
-
-def _stop_ids(folder: Path) -> frozenset[int]:
-    """``eos_token_id`` of generation_config.json, else of config.json."""
-    for name in ("generation_config.json", "config.json"):
-        value = _optional(folder, name).get("eos_token_id")
-        ids: Iterable[Any] = value if isinstance(value, list) else [value]
-        found = frozenset(i for i in ids if type(i) is int)
-        if found:
-            return found
-    return frozenset()

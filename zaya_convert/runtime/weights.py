@@ -16,7 +16,6 @@ from zaya_convert.checkpoint import Checkpoint, Piece, torch_dtype
 from zaya_convert.errors import InputError
 from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_kernels.reference import Expert, Weight
-from zaya_quant.qtensor import QuantTensor
 
 Parts = Mapping[str, Tensor]
 
@@ -134,7 +133,7 @@ class Weights:
             if isinstance(held, Tensor):
                 yield held[start : start + count]
             else:
-                rows = _cut(held, slice(start, start + count)).dequantize(self.dtype)
+                rows = held.rows(slice(start, start + count)).dequantize(self.dtype)
                 yield rows.to(self.matrix_dtype)
 
     def _read(self, key: TensorKey) -> Tensor:
@@ -144,12 +143,6 @@ class Weights:
         if not isinstance(value, Tensor):
             value = value.dequantize(self.dtype)
         return value.to(self.matrix_dtype if value.ndim == 2 else self.dtype)
-
-
-def _cut(matrix: QuantTensor, rows: slice) -> QuantTensor:
-    """Some rows of a quantized matrix."""
-    zeros = None if matrix.zeros is None else matrix.zeros[rows]
-    return QuantTensor(matrix.codes[rows], matrix.scales[rows], zeros, matrix.spec)
 
 
 def _read_rows(piece: Piece, starts: Iterable[int], count: int) -> Iterator[Tensor]:

@@ -1,6 +1,6 @@
 """The quantization methods. A new one is one file and one line here.
 
-A method's module has ``quantize(weight, spec, stats) -> QuantTensor``; ``stats`` is a
+A method's module has ``quantize(weight, spec, stats) -> Quantized``; ``stats`` is a
 ``zaya_quant.stats.InputStats`` or None. ``needs`` says what it must hold: "" (stats are not looked
 at), "second_moment", "hessian", or "drift" (a Hessian, and the drift if there is any).
 """
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from zaya_quant.qtensor import QuantTensor
-    from zaya_quant.spec import QuantSpec
+    from zaya_quant.qtensor import Quantized
+    from zaya_quant.spec import Spec
     from zaya_quant.stats import InputStats
 
-    Quantize = Callable[[Tensor, QuantSpec, InputStats | None], QuantTensor]
+    Quantize = Callable[[Tensor, Spec, InputStats | None], Quantized]
 
 
 class Method(NamedTuple):
@@ -33,6 +33,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "rtn": Method("zaya_quant.methods.rtn"),
+    "absmax": Method("zaya_quant.methods.absmax"),
     "imatrix": Method("zaya_quant.methods.imatrix", "second_moment"),
     "gptq": Method("zaya_quant.methods.gptq", "hessian"),
     "gptaq": Method("zaya_quant.methods.gptaq", "drift"),

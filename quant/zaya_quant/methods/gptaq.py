@@ -18,14 +18,14 @@ from torch import Tensor
 from zaya_quant.affine import check_weight
 from zaya_quant.methods import gptq
 from zaya_quant.products import times_transposed
-from zaya_quant.qtensor import QuantTensor
-from zaya_quant.spec import QuantSpec
+from zaya_quant.qtensor import Quantized
+from zaya_quant.spec import Spec
 from zaya_quant.stats import InputStats
 
 STRENGTH = 0.5
 
 
-def quantize(weight: Tensor, spec: QuantSpec, stats: InputStats | None = None) -> QuantTensor:
+def quantize(weight: Tensor, spec: Spec, stats: InputStats | None = None) -> Quantized:
     """``weight [out, in]`` rounded so that its output stays what the float model's is.
 
     Raises:

@@ -10,12 +10,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from zaya_quant.methods import rtn
-from zaya_quant.qtensor import QuantTensor
-from zaya_quant.spec import QuantSpec
+from zaya_quant.qtensor import Quantized
+from zaya_quant.spec import Spec
 from zaya_quant.stats import InputStats
 
 
-def quantize(weight: Tensor, spec: QuantSpec, stats: InputStats | None = None) -> QuantTensor:
+def quantize(weight: Tensor, spec: Spec, stats: InputStats | None = None) -> Quantized:
     """``weight [out, in]`` rounded to nearest on scales searched under the second moments.
 
     Raises:
@@ -23,4 +23,4 @@ def quantize(weight: Tensor, spec: QuantSpec, stats: InputStats | None = None) -
     """
     if stats is None:
         raise ValueError("imatrix needs second moments; calibrate first, or use the method rtn")
-    return rtn.quantize_affine(weight, spec, stats.second_moment)
+    return rtn.quantize_searched(weight, spec, stats.second_moment)

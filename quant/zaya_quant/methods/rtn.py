@@ -1,9 +1,10 @@
 """Round to nearest on the best scale of a search: looks at weights only, needs no data.
 
-The search is that of ``zaya_quant.affine``; every input channel weighs the same.
+The search is that of ``zaya_quant.affine``, or of ``zaya_quant.block_search`` for block types with
+grids of their own; every input channel weighs the same.
 
-Symmetric specs run in the native library when it loads; its results are bit-identical to the
-reference, so which one ran never shows in a file.
+Symmetric specs and block types run in the native library when it loads; its results are
+bit-identical to the reference, so which one ran never shows in a file.
 """
 
 from __future__ import annotations
@@ -13,14 +14,23 @@ from torch import Tensor
 
 from zaya_quant import affine, native
 from zaya_quant.affine import RowErrors
-from zaya_quant.qtensor import QuantTensor
-from zaya_quant.spec import QuantSpec
+from zaya_quant.block_search import quantize_blocks, quantize_natively
+from zaya_quant.qtensor import Quantized, QuantTensor
+from zaya_quant.spec import BlockSpec, QuantSpec, Spec
 from zaya_quant.stats import InputStats
 
 
-def quantize(weight: Tensor, spec: QuantSpec, stats: InputStats | None = None) -> QuantTensor:
+def quantize(weight: Tensor, spec: Spec, stats: InputStats | None = None) -> Quantized:
     """``weight [out, in]`` rounded to nearest on searched scales; ``stats`` are not looked at."""
-    return quantize_with_errors(weight, spec)[0]
+    return quantize_searched(weight, spec)
+
+
+def quantize_searched(weight: Tensor, spec: Spec, importance: Tensor | None = None) -> Quantized:
+    """On the best scales found under ``importance [in]``, by the fastest body there is."""
+    if isinstance(spec, BlockSpec):
+        fast = weight.device.type == "cpu" and native.available()[0]
+        return (quantize_natively if fast else quantize_blocks)(weight, spec, importance)
+    return quantize_affine(weight, spec, importance)
 
 
 def quantize_with_errors(weight: Tensor, spec: QuantSpec) -> tuple[QuantTensor, RowErrors]:
