@@ -5,7 +5,8 @@ choice costs in KL is predicted from measured sensitivity (see ``sensitivity``):
 rounded on that grid and its error weighed by how much each output matters and how large each input
 is. Choosing under a budget is a knapsack with many small items; taking the best ratio of KL saved
 to bytes spent along each matrix's convex hull is within one item of its optimum (Dantzig bound).
-So a single expert whose errors matter gets more bits alone.
+So a single expert whose errors matter gets more bits alone, where the format allows: GGUF fuses the
+experts of a layer into one tensor, whose matrices are chosen for together.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from zaya_convert.checkpoint import Checkpoint, TensorInfo
 from zaya_convert.errors import InputError, UsageError
-from zaya_convert.export import packing
+from zaya_convert.export import Packing, packing
 from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_convert.recipe import Recipe, Rule
 from zaya_convert.runtime.walk import one_thread_each
 from zaya_convert.stats import Stats
 from zaya_quant.methods import method
-from zaya_quant.spec import QuantSpec
+from zaya_quant.spec import BLOCK_GRIDS, BlockSpec, QuantSpec, Spec
 
 GRIDS = (
     QuantSpec(3, 128), QuantSpec(3, 32), QuantSpec(4, 128), QuantSpec(4, 32), QuantSpec(5, 32),
-    QuantSpec(6, 32), QuantSpec(8, 32),
+    QuantSpec(6, 32), QuantSpec(8, 32), *(BlockSpec(name) for name in BLOCK_GRIDS),
 )  # fmt: skip
 
 
@@ -41,9 +42,9 @@ _ROLES = ("expert", "attention")  # embeddings are not calibrated
 
 @dataclass(frozen=True)
 class Option:
-    """One grid for one matrix: what it takes, and the KL it is predicted to cost."""
+    """One grid for one matrix or group: what it takes, and the KL it is predicted to cost."""
 
-    spec: QuantSpec
+    spec: Spec
     bytes: int
     kl: float
 
@@ -101,7 +102,7 @@ def allocate(
         raise InputError("holds no sensitivities; calibrate with --sensitivity", "calibration")
     module = packing(packing_name)
     fixed = 0
-    matrices: list[tuple[TensorInfo, Rule]] = []
+    groups: dict[tuple[str, ...], _Group] = {}
     kept: list[TensorKey] = []
     for info in checkpoint.infos.values():
         rule = recipe.rule_for(info.key)
@@ -110,32 +111,36 @@ def allocate(
             fixed += sum(region.bytes for region in regions.values())
             kept.append(info.key)
         else:
-            matrices.append((info, rule))
+            specs = _fitting(module, info)
+            arrays = module.regions(info, specs[0], checkpoint.config).values()
+            shared = tuple(region.array.name for region in arrays)
+            groups.setdefault(shared, _Group(rule, specs)).infos.append(info)
 
-    def options(entry: tuple[TensorInfo, Rule]) -> list[Option]:
-        info = entry[0]
-        specs = [spec for spec in GRIDS if not module.problems(info, spec)]
-        if not specs:
-            raise InputError(
-                f"none of the grids to choose from fits its {info.shape[1]} inputs; quantize "
-                "without --target-bpw and --target-size",
-                str(info.key),
-            )
-        sizes = [
-            sum(r.bytes for r in module.regions(info, spec, checkpoint.config).values())
-            for spec in specs
-        ]
-        costs = _costs(checkpoint, stats, info, specs)
-        return _hull([Option(*o) for o in zip(specs, sizes, costs, strict=True)])
+    def measure(entry: tuple[_Group, TensorInfo]) -> list[float]:
+        return _costs(checkpoint, stats, entry[1], entry[0].specs)
 
-    found: list[list[Option]] = []
+    def size(group: _Group, spec: Spec) -> int:
+        regions = (module.regions(info, spec, checkpoint.config) for info in group.infos)
+        return sum(region.bytes for found in regions for region in found.values())
+
+    matrices = [(group, info) for group in groups.values() for info in group.infos]
     with one_thread_each(), ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-        for done, choices in enumerate(pool.map(options, matrices), 1):
-            found.append(choices)
+        for done, ((group, _), costs) in enumerate(
+            zip(matrices, pool.map(measure, matrices), strict=True), 1
+        ):
+            group.add(costs)
             progress("measuring grids", done, len(matrices))
+    found = [
+        _hull([Option(spec, size(g, spec), kl) for spec, kl in zip(g.specs, g.costs, strict=True)])
+        for g in groups.values()
+    ]
     largest = fixed + sum(own[-1].bytes for own in found)
     picked = _fill(found, (min(target, largest) if ceiling else target) - fixed, fixed)
-    chosen = [(info, rule, option) for (info, rule), option in zip(matrices, picked, strict=True)]
+    chosen = [
+        (info, group.rule, option)
+        for group, option in zip(groups.values(), picked, strict=True)
+        for info in group.infos
+    ]
     return Allocation(
         replace(recipe, name=f"{recipe.name}-allocated", rules=_rules(chosen, kept)),
         fixed + sum(option.bytes for option in picked),
@@ -144,8 +149,34 @@ def allocate(
     )
 
 
+@dataclass
+class _Group:
+    """Matrices that share an array of the output, and so a grid."""
+
+    rule: Rule
+    specs: Sequence[Spec]
+    infos: list[TensorInfo] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
+
+    def add(self, costs: Sequence[float]) -> None:
+        """Add what one matrix costs on each grid."""
+        self.costs = [a + b for a, b in zip(self.costs or [0.0] * len(costs), costs, strict=True)]
+
+
+def _fitting(module: Packing, info: TensorInfo) -> list[Spec]:
+    """The grids that a packing can hold a matrix on."""
+    specs = [spec for spec in GRIDS if not module.problems(info, spec)]
+    if not specs:
+        raise InputError(
+            f"none of the grids to choose from fits its {info.shape[1]} inputs; quantize "
+            "without --target-bpw and --target-size",
+            str(info.key),
+        )
+    return specs
+
+
 def _costs(
-    checkpoint: Checkpoint, stats: Stats, info: TensorInfo, specs: Sequence[QuantSpec]
+    checkpoint: Checkpoint, stats: Stats, info: TensorInfo, specs: Sequence[Spec]
 ) -> list[float]:
     """Predicted KL of one matrix on each grid, rounded to nearest under its second moments."""
     key = info.key
@@ -229,7 +260,10 @@ def _rules(chosen: Sequence[_Chosen], kept: Sequence[TensorKey]) -> tuple[Rule, 
 
 def _rule(rule: Rule, option: Option, match: str) -> Rule:
     spec = option.spec
-    return replace(rule, match=match, bits=spec.bits, group_size=spec.group_size)
+    if isinstance(spec, BlockSpec):
+        return Rule(match, method=rule.method, type=spec.type)
+    changes = {"bits": spec.bits, "group_size": spec.group_size, "type": ""}
+    return replace(rule, match=match, **changes)
 
 
 def _histogram(chosen: Sequence[_Chosen]) -> dict[str, dict[str, int]]:

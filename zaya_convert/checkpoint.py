@@ -174,7 +174,7 @@ class Checkpoint:
         """The bytes of a float tensor's values in bounded pieces."""
         info = self.infos[key]
         if info.plain:
-            yield from _piece_chunks(info.pieces[""], size)
+            yield from piece_chunks(info.pieces[""], size)
         else:
             yield from _value_chunks(self.read_stored(key), size)
 
@@ -235,7 +235,7 @@ class Checkpoint:
             return
         pieces = zip(
             self.chunks(TensorKey(-1, "embed_tokens.weight")),
-            _piece_chunks(self.tied_copy.pieces[""], CHUNK_BYTES),
+            piece_chunks(self.tied_copy.pieces[""], CHUNK_BYTES),
             strict=True,
         )
         if any(a != b for a, b in pieces):
@@ -381,7 +381,8 @@ def _value_chunks(value: torch.Tensor | Quantized, size: int) -> Iterator[memory
         yield data[begin : begin + size]
 
 
-def _piece_chunks(piece: Piece, size: int) -> Iterator[memoryview]:
+def piece_chunks(piece: Piece, size: int) -> Iterator[memoryview]:
+    """The bytes of a piece in parts of at most ``size``."""
     with _opened(piece) as file:
         for begin in range(piece.begin, piece.end, size):
             yield _pread(file.fileno(), piece, begin, min(begin + size, piece.end))

@@ -133,7 +133,10 @@ def recognise(path: Path) -> bool:
             "llama-imatrix -m MODEL.gguf --in-file OLD.dat -o NEW.gguf",
             path.name,
         )
-    return start[:4] == b"GGUF" and _header(path) is not None
+    if start[:4] != b"GGUF":
+        return False
+    _header(path)
+    return True
 
 
 def _is_old(start: bytes) -> bool:
@@ -186,7 +189,8 @@ def read(path: Path, checkpoint: Checkpoint, min_tokens: int = 256) -> Stats:
         found = _Reader(path, file, header, config)
         arrays, tokens = found.arrays()
         facts = found.facts(tokens, min_tokens)
-        arrays["counts"][:, -1] = found.skipped(tokens)
+        if not found.problems:  # else tokens are not known
+            arrays["counts"][:, -1] = found.skipped(tokens)
         if found.problems:
             raise InputError(found.problems, path.name)
         file.seek(0)
@@ -234,9 +238,11 @@ class _Reader:
         for layer in range(config.layers):
             rows: dict[str, Tensor] = {}
             for site in SITES:
-                names = _names(dialect, config, layer, site)
-                moments, rows[site] = self._site(names, site)
-                arrays[f"layers.{layer}.{site}.second_moment"] = moments
+                found = self._site(_names(dialect, config, layer, site), site)
+                if found is not None:
+                    arrays[f"layers.{layer}.{site}.second_moment"], rows[site] = found
+            if len(rows) < len(SITES):  # what is wrong is noted
+                continue
             up, down = (rows[site] for site in EXPERT_SITES)
             if not torch.equal(up, down):
                 self.problems.append(f"the experts of layer {layer} disagree on their counts")
@@ -251,14 +257,16 @@ class _Reader:
     def _has(self, name: str) -> bool:
         return any(name + suffix in self.header.tensors for suffix in (_SUMS, _COUNTS))
 
-    def _site(self, names: list[str], site: str) -> tuple[Tensor, Tensor]:
+    def _site(self, names: list[str], site: str) -> tuple[Tensor, Tensor] | None:
         """Second moments and counts of the first entry that is there; all of them are checked."""
         shape = (self.config.experts if site in EXPERT_SITES else 1, widths(self.config)[site])
         there = [name for name in names if self._has(name)]
         if not there:
             self.problems.append(f"has no entry {' or '.join(names)}")
         found = [entry for name in there if (entry := self._entry(name, *shape)) is not None]
-        moments, counts = found[0] if found else (torch.zeros(shape), torch.zeros(shape[0]))
+        if not found:
+            return None
+        moments, counts = found[0]
         return (moments if site in EXPERT_SITES else moments[0]), counts.long()
 
     def _entry(self, name: str, matrices: int, width: int) -> tuple[Tensor, Tensor] | None:

@@ -21,6 +21,7 @@ constexpr int kParts = kUnit / W;
 constexpr int kLanes = 4;                // LANES of block_search.py
 constexpr float kSmallestStep = 0x1p-126f;
 constexpr float kSingular = 0x1p-16f;
+constexpr float kLargestHalf = 65504.0f;
 
 // ---- the grids ----------------------------------------------------------------------------------
 
@@ -148,7 +149,7 @@ struct Found {
 // A number of a file: fp16 at its real size, and normalised.  Adding 0 makes -0 a plain 0.
 struct Half {
     V real, normal;
-    ZQ_INLINE I finite() const { return magnitude(real) <= 65504.0f; }
+    ZQ_INLINE I finite() const { return magnitude(real) <= kLargestHalf; }
 };
 
 template <class G>
@@ -622,8 +623,8 @@ int64_t write_numbers(const BlockRequest& r, const Part<G>& part, const Found& f
         if (G::super && G::offset) r.sub_mins[group] = static_cast<uint8_t>(found.n[i]);
         if (group % G::groups) continue;
         const bool nothing = found.scale[i] == 0.0f && found.offset[i] == 0.0f;
-        // Far below 1 a block without a scale becomes zeros; far above there is no answer.
-        if ((nothing && part.absmax[i] > 1.0f) || !(magnitude(found.scale)[i] <= 65504.0f))
+        // Zeros are a choice as long as fp16 could have held scales.
+        if ((nothing && part.absmax[i] > kLargestHalf) || !(magnitude(found.scale)[i] <= kLargestHalf))
             return block;
         r.scales[block] = half_bits(found.scale[i]);
         if (G::offset) r.offsets[block] = half_bits(found.offset[i]);
@@ -709,7 +710,7 @@ ZQ_INLINE float first_largest(const V* x, float absmax) {
 ZQ_INLINE bool store_half(uint16_t* target, float value) {
     const float rounded = round_scale(splat(value), kFloat16)[0];
     *target = half_bits(rounded);
-    return rounded <= 65504.0f && rounded >= -65504.0f;
+    return rounded <= kLargestHalf && rounded >= -kLargestHalf;
 }
 
 // One block of finite weights; returns whether its scales are representable.

@@ -30,7 +30,7 @@ def one_thread():
 
 @st.composite
 def weights(draw, spread=8.0):
-    """Rows of very different magnitude; some elements zero, tied, of one sign, or next to nothing."""
+    """Rows of very different magnitude; zeros, ties, runs of one sign, constant or tiny ones."""
     rows, columns = draw(st.integers(1, 5)), WHOLE * draw(st.integers(1, 2))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     weight = torch.randn(rows, columns, generator=generator)
@@ -100,6 +100,18 @@ def test_native_plain_rounding_equals_reference(type, weight):
         expected = blocks.absmax(weight, spec)
     for isa in native.supported_isas():
         assert same(blocks.absmax_natively(weight, spec, isa), expected), isa
+
+
+@every_grid
+def test_a_large_weight_nobody_looks_at_may_become_zero(type):
+    weight = torch.full((1, 256), 1e-9)
+    weight[0, 5] = -600.0
+    importance = torch.ones(256)
+    importance[5] = 0
+    found = quantize_blocks(weight, BlockSpec(type), importance)
+    assert torch.isfinite(found.dequantize()).all()
+    for isa in native.supported_isas():
+        assert same(quantize_natively(weight, BlockSpec(type), importance, isa), found)
 
 
 @needs_native

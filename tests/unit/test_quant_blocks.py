@@ -55,7 +55,7 @@ NIBBLES = bytes(j * 0x11 for j in range(16)).hex()  # u = 0..15 in both halves
 # of eight scales and minima: the low six bits of the first four below the top two of the last four
 SUB_SCALES = (1, 2, 3, 4, 0b010001, 0b100010, 0b110011, 0b111111)
 SUB_MINS = (5, 6, 7, 8, 0b010010, 0b100001, 0b110010, 0b111110)
-SUB_BYTES = "4182c3c4" "4586c7c8" "211223ef"  # fmt: skip
+SUB_BYTES = "4182c3c44586c7c8211223ef"
 
 
 def halves(*values: float) -> torch.Tensor:
@@ -158,8 +158,9 @@ def test_all_bytes_are_valid_and_survive(type):
 
 
 @every_type
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the package's, at NaN
 def test_dequantized_as_the_gguf_package_does(type):
-    data = random_bytes(type)
+    data = random_bytes(type, rows=200)
     expected = torch.from_numpy(quants.dequantize(data.numpy(), GGMLQuantizationType[type]))
     found = blocks.unpack(data, type).dequantize()
     nan = expected.isnan()
@@ -302,10 +303,10 @@ def test_magnitudes(type):
 
 
 def test_methods_take_block_types():
-    stats = InputStats(1, torch.rand(512, generator=torch.Generator().manual_seed(0)))
+    stats = InputStats(1, torch.rand(256, generator=torch.Generator().manual_seed(0)))
     for type in BLOCK_GRIDS:
         spec = BlockSpec(type)
-        weight = normal()
+        weight = normal(2, 256)
         expected = quantize_blocks(weight, spec, stats.second_moment)
         found = imatrix.quantize(weight, spec, stats)
         assert torch.equal(blocks.pack(found), blocks.pack(expected))
@@ -366,7 +367,7 @@ def test_broken_blocks_and_wrong_inputs_are_refused(type):
     spec, weights = BlockSpec(type), BLOCK_TYPES[type][0]
     with pytest.raises(ValueError, match=f"no whole number of {type} blocks of {weights}"):
         absmax.quantize(normal(2, weights + 16), spec)
-    with pytest.raises(ValueError, match="dtype torch.float64"):
+    with pytest.raises(ValueError, match=r"dtype torch\.float64"):
         rtn.quantize(normal(2, weights).double(), spec)
     for importance, message in ((torch.ones(3), "shape"), (-torch.ones(weights), "negative")):
         with pytest.raises(ValueError, match=message):
@@ -400,7 +401,7 @@ def test_wrong_bytes_are_refused():
 
 def test_views_are_taken_as_they_are():
     """Transposed weights, slices of values and of bytes."""
-    weight = normal(512, 64).t()
+    weight = normal(256, 48).t()
     assert not weight.is_contiguous()
     for type in ("Q4_0", "Q4_K"):
         spec = spec_of_type(type)

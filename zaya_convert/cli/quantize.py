@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     "--stats",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Calibration to use, or an imatrix (.gguf); made and kept there if it does not exist yet.",
+    help="Calibration to use, made and kept there if there is none yet; or an imatrix (.gguf).",
 )
 @click.option(
     "--target-bpw",
@@ -98,11 +98,13 @@ def command(
 ) -> None:
     """Quantize MODEL and write an artifact with manifest and model card.
 
-    Without --bits and --recipe the recipe is int4. Calibrates first, where the recipe's methods ask
+    Without --bits and --recipe the recipe is int4, and for GGUF q4_k_m. Calibrates first, where the recipe's methods ask
     for it. Prints the output's path.
     """
     calibration = Calibration(**{f.name: options.pop(f.name) for f in fields(Calibration)})
     writing = Writing(format, **options)
+    if format == "gguf" and recipe is None and bits is None:
+        recipe = "q4_k_m"
     chosen = choose_recipe(recipe, bits, group_size, method)
     target = _target(chosen, target_bpw, target_size)
     source = open_named(model, out)

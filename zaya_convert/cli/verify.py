@@ -18,11 +18,14 @@ from zaya_convert.errors import InputError
 @click.argument("artifact", type=MODEL)
 @output_options
 def command(artifact: str, out: Output) -> None:
-    """Check ARTIFACT's checksums and structure against its manifest.
+    """Check ARTIFACT's checksums and structure against its manifest, or a GGUF file's own.
 
     A changed, missing or unlisted file is an error (exit code 3) that names every file and tensor.
     """
     folder = models.resolve(artifact) if artifact.startswith("hf://") else Path(artifact)
+    if folder.is_file() and folder.suffix == ".gguf":
+        _verify_file(folder, out)
+        return
     if not folder.is_dir():
         raise InputError("no such folder", artifact)
     total = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
@@ -44,3 +47,22 @@ def command(artifact: str, out: Output) -> None:
         f"({size(facts['bytes'])})"
     )
     out.result(facts, text)
+
+
+def _verify_file(path: Path, out: Output) -> None:
+    from zaya_convert.export.gguf.read import verify_file
+
+    with bytes_bar(out, "verifying", path.stat().st_size) as advance:
+        checkpoint = verify_file(path, advance)
+    facts: dict[str, Any] = {
+        "artifact": str(path),
+        "verdict": "ok",
+        "layout": checkpoint.format,
+        "files": len(checkpoint.files),
+        "tensors": len(checkpoint.infos),
+        "bytes": sum(file.stat().st_size for file in checkpoint.files),
+        "source": checkpoint.manifest.get("source"),
+        "tool": checkpoint.manifest.get("tool"),
+    }
+    tensors, total = facts["tensors"], size(facts["bytes"])
+    out.result(facts, f"{path}: ok, {tensors} tensors as written ({total})")

@@ -305,7 +305,7 @@ class _Rounding:
             column = column - self.bases[group]
         torch.mul(column, self.inverses[group], out=code)
         if self.cuts is not None and self.grid.levels is not None:
-            index = torch.bucketize(code, self.cuts, right=True)
+            index = torch.bucketize(code, self.cuts)  # a tie: the lower, as in the search
             code.copy_(index)
             multiple = self.grid.levels[index]
         else:

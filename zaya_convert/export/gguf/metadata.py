@@ -197,7 +197,10 @@ def read_manifest(header: GgufHeader) -> dict[str, Any]:
     digest, model = data.get(PROVENANCE + "source.digest"), data.get(PROVENANCE + "source.model")
     if not isinstance(digest, str) or not isinstance(model, str):
         return {}
-    manifest: dict[str, Any] = {"source": {"digest": digest, "model": model}}
+    manifest: dict[str, Any] = {
+        "tool": {"name": "zaya-convert", "version": data.get(PROVENANCE + "version")},
+        "source": {"digest": digest, "model": model},
+    }
     recipe = data.get(PROVENANCE + "recipe")
     if isinstance(recipe, str):
         try:

@@ -7,12 +7,12 @@ metadata gives against every tensor, and that nothing is missing or left over.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zaya_convert import layout, manifest
-from zaya_convert.checkpoint import Checkpoint, Piece, TensorInfo
+from zaya_convert.checkpoint import CHUNK_BYTES, Checkpoint, Piece, TensorInfo, piece_chunks
 from zaya_convert.config import ModelConfig
 from zaya_convert.errors import InputError
 from zaya_convert.export.arrays import Array, piece_of
@@ -59,41 +59,35 @@ def open_gguf(path: Path) -> Checkpoint:
     )  # fmt: skip
 
 
-def verify_file(path: Path) -> dict[str, Any]:
+def verify_file(path: Path, progress: Callable[[int], None] = lambda _: None) -> Checkpoint:
     """Check every tensor of a file that we wrote against the checksums in its header.
 
-    Returns:
-        The file's provenance.
+    Args:
+        progress: called with the number of bytes just checked.
 
     Raises:
         InputError: no checksums, or tensors that have changed; all of them.
     """
     checkpoint = open_gguf(path)
-    header, _ = read_gguf_set(path)
-    claimed = header.metadata.get(metadata.CHECKSUMS)
+    claimed = read_gguf_set(path)[0].metadata.get(metadata.CHECKSUMS)
     if not isinstance(claimed, list):
         raise InputError(
             "holds no checksums; only files that zaya-convert wrote can be verified", path.name
         )
-    pieces = [
-        (key, piece) for key, info in checkpoint.infos.items() for piece in info.pieces.values()
-    ]
+    pieces = [(k, piece) for k, info in checkpoint.infos.items() for piece in info.pieces.values()]
     if len(claimed) != len(pieces):
         raise InputError(f"lists {len(claimed)} checksums for {len(pieces)} tensors", path.name)
     changed: dict[str, None] = {}
     for (key, piece), expected in zip(pieces, claimed, strict=True):
         digest = hashlib.sha256()
-        with piece.file.open("rb") as file:
-            file.seek(piece.begin)
-            left = piece.end - piece.begin
-            while left and (block := file.read(min(left, 8 << 20))):
-                digest.update(block)
-                left -= len(block)
+        for chunk in piece_chunks(piece, CHUNK_BYTES):
+            digest.update(chunk)
         if digest.hexdigest() != expected:
             changed[f"{str(key)!r} has changed: not what the header says"] = None
+        progress(piece.end - piece.begin)
     if changed:
         raise InputError(list(changed), path.name)
-    return dict(checkpoint.manifest)
+    return checkpoint
 
 
 def _only_file(folder: Path) -> Path:
