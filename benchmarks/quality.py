@@ -27,9 +27,10 @@ from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.layout import TensorKey
 from zaya_convert.models import BUNDLED, open_model
 from zaya_convert.recipe import Recipe
-from zaya_quant.affine import absmax_scales, needs_wider_scales, round_with_scales
-from zaya_quant.methods import METHODS
-from zaya_quant.qtensor import SCALE_DTYPES, QuantTensor
+from zaya_quant.affine import needs_wider_scales
+from zaya_quant.methods import METHODS, method
+from zaya_quant.qtensor import Quantized
+from zaya_quant.spec import QuantSpec
 
 # What is quantized, and the flags of `quantize` that say so.
 SHAPES = {
@@ -47,17 +48,15 @@ class Absmax(Checkpoint):
 
     recipe: Recipe | None = None
 
-    def read(self, key: TensorKey) -> torch.Tensor | QuantTensor:
+    def read(self, key: TensorKey) -> torch.Tensor | Quantized:
         """Read one tensor; a rounded one where the recipe says so."""
         value = super().read(key)
-        rule = self.recipe.rule_for(key) if self.recipe else None
-        if rule is None or isinstance(value, QuantTensor):
+        spec = rule.spec if self.recipe and (rule := self.recipe.rule_for(key)) else None
+        if spec is None or not isinstance(value, torch.Tensor):
             return value
-        spec = rule.spec
-        if needs_wider_scales(value, spec):
+        if isinstance(spec, QuantSpec) and needs_wider_scales(value, spec):
             spec = replace(spec, scale_dtype="bfloat16")
-        scales = absmax_scales(value, spec).to(SCALE_DTYPES[spec.scale_dtype])
-        return QuantTensor(round_with_scales(value, scales, None, spec), scales, None, spec)
+        return method("absmax")(value, spec, None)
 
 
 class Run:

@@ -29,7 +29,7 @@ from zaya_convert.recipe import Recipe, Rule
 from zaya_convert.runtime.walk import one_thread_each
 from zaya_convert.stats import Stats
 from zaya_quant.methods import method
-from zaya_quant.spec import BLOCK_GRIDS, BlockSpec, QuantSpec, Spec
+from zaya_quant.spec import BLOCK_GRIDS, BlockSpec, QuantSpec, Spec, fitting
 
 GRIDS = (
     QuantSpec(3, 128), QuantSpec(3, 32), QuantSpec(4, 128), QuantSpec(4, 32), QuantSpec(5, 32),
@@ -106,10 +106,13 @@ def allocate(
     kept: list[TensorKey] = []
     for info in checkpoint.infos.values():
         rule = recipe.rule_for(info.key)
-        if rule is None or PART_BY_NAME[info.key.part].role not in _ROLES:
-            regions = module.regions(info, None, checkpoint.config)
+        if rule is None or _role(info.key) not in _ROLES:
+            spec, dtype = rule.spec if rule else None, recipe.float_type(info.key)
+            spec = fitting(spec, info.shape[1]) if spec else None
+            regions = module.regions(info, spec, checkpoint.config, dtype)
             fixed += sum(region.bytes for region in regions.values())
-            kept.append(info.key)
+            if rule is None:
+                kept.append(info.key)
         else:
             specs = _fitting(module, info)
             arrays = module.regions(info, specs[0], checkpoint.config).values()
@@ -142,7 +145,11 @@ def allocate(
         for info in group.infos
     ]
     return Allocation(
-        replace(recipe, name=f"{recipe.name}-allocated", rules=_rules(chosen, kept)),
+        replace(
+            recipe,
+            name=f"{recipe.name}-allocated",
+            rules=(*_rules(chosen, kept), *_others(recipe, checkpoint)),
+        ),
         fixed + sum(option.bytes for option in picked),
         sum(option.kl for option in picked),
         _histogram(chosen),
@@ -256,6 +263,12 @@ def _rules(chosen: Sequence[_Chosen], kept: Sequence[TensorKey]) -> tuple[Rule, 
     exceptions += [Rule(key.module, keep=True) for key in kept if _role(key) in common]
     names = {"expert": "experts", "attention": "attention"}
     return (*exceptions, *(replace(rule, match=names[role]) for role, rule in common.items()))
+
+
+def _others(recipe: Recipe, checkpoint: Checkpoint) -> list[Rule]:
+    """The recipe's own rules for what has no choice of grid: embedding and untied head."""
+    keys = [key for key in checkpoint.infos if _role(key) not in (*_ROLES, "float")]
+    return [rule for rule in recipe.rules if any(rule.matches(key) for key in keys)]
 
 
 def _rule(rule: Rule, option: Option, match: str) -> Rule:

@@ -194,6 +194,6 @@ def _step(
             problems.extend(f"{info.key}: {problem}" for problem in found)
             return Step(info.key, spec, method, {}, copy=False)
     regions = target.regions(info, spec, source.config, dtype)
-    plain = info.plain and [*regions] == [""]
+    plain = spec is None and info.plain and [*regions] == [""]
     copy = plain and regions[""].array.dtype == info.dtype and info.key not in source.scaling
     return Step(info.key, spec, method, regions, copy)

@@ -98,8 +98,8 @@ def command(
 ) -> None:
     """Quantize MODEL and write an artifact with manifest and model card.
 
-    Without --bits and --recipe the recipe is int4, and for GGUF q4_k_m. Calibrates first, where the recipe's methods ask
-    for it. Prints the output's path.
+    Without --bits and --recipe the recipe is int4, and for GGUF q4_k_m. Calibrates first, where
+    the recipe's methods ask for it. Prints the output's path.
     """
     calibration = Calibration(**{f.name: options.pop(f.name) for f in fields(Calibration)})
     writing = Writing(format, **options)
