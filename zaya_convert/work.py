@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from zaya_convert.checkpoint import TensorInfo, torch_dtype
+from zaya_convert.checkpoint import CHUNK_BYTES, TensorInfo, torch_dtype
 from zaya_convert.errors import InputError
 from zaya_convert.export import packing
 from zaya_convert.export.container import PlannedFiles
@@ -45,6 +45,8 @@ class Worker:
         """
         if step.copy:
             return self._copy(step)
+        if self._fits_in_rows(step):
+            return self._by_rows(step)
         value = self.plan.source.read_stored(step.key)
         digest = sha256(value) if isinstance(value, torch.Tensor) else ""
         info = self.plan.source.infos[step.key]
@@ -69,8 +71,46 @@ class Worker:
         check_finite(value.flatten(), self.plan.source.infos[step.key])
         return sha256(value)
 
-    def _floats(self, step: Step, value: torch.Tensor | Quantized) -> torch.Tensor:
+    def _fits_in_rows(self, step: Step) -> bool:
+        """Whether a large matrix can be done a few rows at a time, each for itself.
+
+        Scales that may turn out to be wider are decided for a matrix as a whole.
+        """
+        info, spec = self.plan.source.infos[step.key], step.spec
+        return (
+            info.bytes > CHUNK_BYTES
+            and info.plain
+            and len(info.shape) == 2
+            and [*step.regions] == [""]
+            and step.key not in self.plan.source.scaling
+            and (spec is None or self._wider(info, spec) is None)
+        )
+
+    def _by_rows(self, step: Step) -> Record:
+        """A step whose rows are read, made and written in bounded pieces."""
+        info, region = self.plan.source.infos[step.key], step.regions[""]
+        dtype, columns = torch_dtype(info.dtype), info.shape[1]
+        row = columns * dtype.itemsize
+        source, written, begin, offset, narrow = hashlib.sha256(), hashlib.sha256(), 0, 0, False
+        for chunk in self.plan.source.chunks(step.key, max(1, CHUNK_BYTES // row) * row):
+            source.update(chunk)
+            rows = torch.frombuffer(chunk, dtype=dtype).view(-1, columns)
+            if step.spec is None:
+                value = self._floats(step, rows, begin)
+            else:
+                value = self.quantize(step, rows, self._known(step), begin)
+                narrow |= _loses_bits(value)
+            data = view(packing(self.plan.packing).encode(info, value)[""])
+            self.files.write(region, data, offset)
+            written.update(data)
+            begin, offset = begin + len(chunk), offset + len(data)
+        return _record(step, source.hexdigest(), [written.hexdigest()]) | {"narrow": narrow}
+
+    def _floats(self, step: Step, value: torch.Tensor | Quantized, offset: int = 0) -> torch.Tensor:
         """A float tensor in the dtype it is stored in.
+
+        Args:
+            offset: bytes of the tensor before ``value``.
 
         Raises:
             InputError: values that are not finite, or not in that dtype.
@@ -80,17 +120,22 @@ class Worker:
         if not isinstance(value, torch.Tensor):
             check_finite(value.parameters(), info)
             value = value.dequantize()
-        check_finite(value.flatten(), info)
+        check_finite(value.flatten(), info, offset)
         result = value.to(torch_dtype(dtype))
         if not bool(torch.isfinite(result).all()):
             largest = float(value.abs().max())
             raise InputError(f"{where(info)}: {largest:g} does not fit {dtype}; use BF16 or F32")
         return result
 
-    def quantize(self, step: Step, weight: torch.Tensor, stats: InputStats | None) -> Quantized:
+    def quantize(
+        self, step: Step, weight: torch.Tensor, stats: InputStats | None, offset: int = 0
+    ) -> Quantized:
         """Quantize one matrix, with bf16 scales where fp16 would overflow or lose them.
 
         A method whose statistics are missing gives way to ``rtn``.
+
+        Args:
+            offset: bytes of the matrix before ``weight``, when that is only some of its rows.
         """
         assert step.spec is not None
         info = self.plan.source.infos[step.key]
@@ -100,7 +145,7 @@ class Worker:
         try:
             result = run(weight, spec, stats)
         except ValueError:
-            check_finite(weight.flatten(), info)
+            check_finite(weight.flatten(), info, offset)
         wider = self._wider(info, spec)
         if wider is not None and (result is None or _too_small(result)):
             spec, result = wider, None
@@ -123,7 +168,7 @@ class Worker:
     def finish(self, step: Step, value: Quantized, digest: str, fallback: str = "") -> Record:
         """Write what ``quantize`` made."""
         widened = value.spec != step.spec
-        narrow = not widened and isinstance(value, QuantTensor) and _too_small(value)
+        narrow = not widened and _loses_bits(value)
         needs = METHODS[step.method].needs if step.method else ""
         if needs and not fallback and self._uncovered(step):
             fallback = NO_TOKENS
@@ -183,6 +228,11 @@ def _too_small(value: Quantized) -> bool:
     """
     largest = value.scales.abs().amax(dim=1)
     return bool(((largest > 0) & (largest < _FP16_NORMAL)).any())
+
+
+def _loses_bits(value: Quantized) -> bool:
+    """Whether fp16 scales are too small for it. Block types expect theirs to be small."""
+    return isinstance(value, QuantTensor) and _too_small(value)
 
 
 def check_finite(values: torch.Tensor, info: TensorInfo, offset: int = 0) -> None:
