@@ -10,7 +10,7 @@ import torch
 from zaya_convert import manifest
 from zaya_convert.convert import execute
 from zaya_convert.errors import InputError
-from zaya_convert.export import PACKINGS
+from zaya_convert.export import FORMATS
 from zaya_convert.headers import read_header
 from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_convert.models import open_model
@@ -32,6 +32,7 @@ SPECS = [
     QuantSpec(6, 32),
     QuantSpec(4, 32, scale_dtype="bfloat16"),
 ]
+PACKINGS = FORMATS["safetensors"]  # GGUF, which fuses experts, has laws of its own
 QUANTIZED = [name for name in PACKINGS if name != "dense"]
 
 
