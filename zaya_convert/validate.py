@@ -114,6 +114,9 @@ def validate(
 ) -> Report:
     """Measure ``candidate`` against ``reference``.
 
+    Many GGUF files have fewer rows of vocabulary than their model, because converters drop those
+    without a token; such a candidate is compared on the rows that both have.
+
     Args:
         dtype: "float32" (measures the quantization alone) or "bfloat16" (as people run it).
 
@@ -138,7 +141,7 @@ def validate(
     skip = reference.config.experts
     report = Report(
         tokens=sequences.tokens,
-        data=sequences.description,
+        data=sequences.description + _rows(reference, candidate),
         data_digest=sequences.digest,
         dtype=dtype,
         kl_mean=float(scores.kl.mean()),
@@ -182,6 +185,8 @@ def _stated(candidate: Checkpoint, name: str, fields: Mapping[str, type]) -> dic
 def _check_comparable(reference: Checkpoint, candidate: Checkpoint) -> None:
     ours, theirs = asdict(reference.config), asdict(candidate.config)
     tokens = ("pad_id", "bos_id", "eos_ids", "max_positions")
+    if theirs["vocab_rows"] < ours["vocab_rows"]:
+        tokens = (*tokens, "vocab_rows")
     different = [
         f"{name}: reference {ours[name]}, candidate {theirs[name]}"
         for name in ours
@@ -189,6 +194,12 @@ def _check_comparable(reference: Checkpoint, candidate: Checkpoint) -> None:
     ]
     if different:
         raise InputError(different, "reference and candidate are different models")
+
+
+def _rows(reference: Checkpoint, candidate: Checkpoint) -> str:
+    """On which rows of the vocabulary, when not all; for people."""
+    all_rows, rows = reference.config.vocab_rows, candidate.config.vocab_rows
+    return "" if rows == all_rows else f", the candidate's {rows:,} of {all_rows:,} rows"
 
 
 @dataclass(frozen=True)
@@ -204,12 +215,13 @@ def _compare_logits(
     hidden = [torch.cat(output.hidden) for output in outputs]
     # The token each position should predict; -1 at the end of a sequence.
     targets = torch.cat([torch.cat([s[1:], s.new_tensor([-1])]) for s in ids])
+    rows = min(model.config.vocab_rows for model in models)
     kl, same, nll = [], [], ([], [])
     for start in range(0, len(targets), _HEAD_ROWS):
         part = slice(start, start + _HEAD_ROWS)
         pair = [model.logits(h[part]) for model, h in zip(models, hidden, strict=True)]
         for row in range(0, len(pair[0]), _KL_ROWS):
-            a, b = (logits[row : row + _KL_ROWS] for logits in pair)
+            a, b = (logits[row : row + _KL_ROWS, :rows] for logits in pair)
             target = targets[part][row : row + _KL_ROWS]
             kl.append(kl_divergence(a, b))
             same.append(a.argmax(dim=-1) == b.argmax(dim=-1))
