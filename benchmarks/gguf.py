@@ -35,7 +35,23 @@ _THEIRS = (
     ("Q4_0", "Q4_0", ()),
 )
 _OURS = ("q4_k_m", "Q4_K", "Q4_0")
-_SPEED = (("Q8_0", ()), ("Q4_0", ()), ("Q4_0 --pure", ("--pure",)), ("Q4_K_S", ()))
+# name, llama.cpp's type and arguments, our types of matrices and embedding: what theirs come to
+_SPEED = (
+    ("Q8_0", "Q8_0", (), "Q8_0", "Q8_0"),
+    ("Q4_0", "Q4_0", (), "Q4_0", "Q6_K"),
+    ("Q4_0, embedding too", "Q4_0", ("--pure",), "Q4_0", "Q4_0"),
+    ("Q4_K", "Q4_K_S", (), "Q4_K", "Q6_K"),
+)
+_RECIPE = """description = "as llama-quantize has it"
+[[rules]]
+match = "embedding"
+type = "{embedding}"
+method = "absmax"
+[[rules]]
+match = "*"
+type = "{matrices}"
+method = "absmax"
+"""
 
 
 @dataclass(frozen=True)
@@ -117,8 +133,11 @@ def speed(options: argparse.Namespace, llama: Llama, folder: Path) -> None:
     print(f"{size:,.0f} MB of input, {llama.threads} threads, medians of {options.runs} runs")
     print("| | llama-quantize MB/s | ours MB/s | ratio | theirs MB | ours MB | ratio |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name, extra in _SPEED:
-        theirs, ours = zip(*_pairs(options, llama, folder, plain, name, extra), strict=True)
+    recipe = folder / "recipe.toml"
+    for name, kind, extra, matrices, embedding in _SPEED:
+        recipe.write_text(_RECIPE.format(matrices=matrices, embedding=embedding))
+        pairs = _pairs(options, llama, folder, plain, kind, extra)
+        theirs, ours = zip(*pairs, strict=True)
         speeds = [size / statistics.median(c.seconds for c in costs) for costs in (theirs, ours)]
         peaks = [max(c.peak_bytes for c in costs) / 1e6 for costs in (theirs, ours)]
         print(
@@ -129,16 +148,16 @@ def speed(options: argparse.Namespace, llama: Llama, folder: Path) -> None:
 
 
 def _pairs(
-    options: argparse.Namespace, llama: Llama, folder: Path, plain: Path, name: str,
+    options: argparse.Namespace, llama: Llama, folder: Path, plain: Path, kind: str,
     extra: Sequence[object],
 ) -> Iterator[tuple[Cost, Cost]]:  # fmt: skip
     """What one conversion costs each tool, run after run; the first, uncounted, fills the cache."""
-    kind = name.split()[0]
     for run in range(options.runs + 1):
         theirs, ours = folder / "theirs.gguf", folder / "ours.gguf"
         first = llama.quantize(plain, theirs, kind, options=extra)
-        command = ("export", options.source or options.model, "--to", "gguf", "--type")
-        _, second = cli(*command, kind.removesuffix("_S"), "-o", ours, "--threads", llama.threads)
+        command = ("quantize", options.model, "--format", "gguf", "--recipe")
+        recipe = folder / "recipe.toml"
+        _, second = cli(*command, recipe, "-o", ours, "--threads", llama.threads)
         theirs.unlink()
         ours.unlink()
         if run:
@@ -154,7 +173,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, help="where files go (default: a temporary folder)")
     parser.add_argument("--runs", type=int, default=3, help="speed: runs that count")
-    parser.add_argument("--source", help="speed: read this by us instead of MODEL")
     parser.add_argument("--data", help="quality: what is judged on")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--calibration", help="quality: what both calibrate on")

@@ -5,8 +5,7 @@
 
 Calibrates once, quantizes with `zaya-convert quantize` in a fresh process each, all of them on that
 calibration, and judges in float32 (see ``judge.py``). Beside them stand the noise floor (the
-unquantized model run in bf16), plain absmax rounding on the same grids, which no command offers,
-and bits chosen for each matrix at the size of int4. On shared cores, set OMP_NUM_THREADS=1 and
+unquantized model run in bf16) and bits chosen for each matrix at the size of int4. On shared cores, set OMP_NUM_THREADS=1 and
 OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait cost several times the time.
 """
 
@@ -16,21 +15,12 @@ import argparse
 import re
 import sys
 import tempfile
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import torch
-from judge import Cost, Judge, Row, RunError, cli, line, report
+from judge import Judge, Row, RunError, cli, line, report
 
-from zaya_convert import recipe as recipes
-from zaya_convert.checkpoint import Checkpoint
-from zaya_convert.layout import TensorKey
 from zaya_convert.models import BUNDLED, open_model
-from zaya_convert.recipe import Recipe
-from zaya_quant.affine import needs_wider_scales
-from zaya_quant.methods import METHODS, method
-from zaya_quant.qtensor import Quantized
-from zaya_quant.spec import QuantSpec
+from zaya_quant.methods import METHODS
 
 # What is quantized, and the flags of `quantize` that say so.
 SHAPES = {
@@ -40,23 +30,6 @@ SHAPES = {
     "int4 g128": ("int4-small", 128),
 }
 MIXED = ("int4 g32, int8 attention", "int4 g128, int8 attention")  # at the size of these
-
-
-@dataclass(frozen=True)
-class Absmax(Checkpoint):
-    """A float checkpoint whose matrices are rounded to the nearest on scales absmax / qmax."""
-
-    recipe: Recipe | None = None
-
-    def read(self, key: TensorKey) -> torch.Tensor | Quantized:
-        """Read one tensor; a rounded one where the recipe says so."""
-        value = super().read(key)
-        spec = rule.spec if self.recipe and (rule := self.recipe.rule_for(key)) else None
-        if spec is None or not isinstance(value, torch.Tensor):
-            return value
-        if isinstance(spec, QuantSpec) and needs_wider_scales(value, spec):
-            spec = replace(spec, scale_dtype="bfloat16")
-        return method("absmax")(value, spec, None)
 
 
 class Run:
@@ -90,13 +63,6 @@ class Run:
         except RunError as error:
             self.add(Row(name, error=str(error)))
 
-    def absmax(self, name: str, recipe: Recipe, size: int) -> None:
-        """One row: plain rounding, in memory."""
-        if re.search(self.only, name):
-            known = {f.name: getattr(self.judge.reference, f.name) for f in fields(Checkpoint)}
-            candidate = Absmax(**known, recipe=recipe)
-            self.add(self.judge.row(name, candidate, Cost(), size))
-
     def size(self, *flags: object) -> int:
         """Bytes that a plan takes."""
         return cli("quantize", self.model, *flags, "--dry-run")[0]["bytes"]
@@ -117,14 +83,11 @@ def measure(run: Run) -> None:
     """All rows, in the order of the table."""
     run.add(run.judge.floor())
     run.quantize("int8, rtn", "--recipe", "int8")
-    sizes = {shape: run.size(*shape_flags(shape)) for shape in SHAPES}
-    for shape, (name, group) in SHAPES.items():
-        recipe = recipes.adjusted(recipes.load(name), group_size=group)
-        run.absmax(f"{shape}, absmax", recipe, sizes[shape])
+    for shape in SHAPES:
         for method in METHODS:
             run.quantize(f"{shape}, {method}", *shape_flags(shape), "--method", method)
     for shape in MIXED:
-        bits = 8 * sizes[shape] / run.judge.reference.weights
+        bits = 8 * run.size(*shape_flags(shape)) / run.judge.reference.weights
         target = f"{bits:.6f}"
         run.quantize(f"mixed at {bits:.3f} bits", "--recipe", "mixed", "--target-bpw", target)
 
