@@ -5,8 +5,9 @@
 
 Calibrates once, quantizes with `zaya-convert quantize` in a fresh process each, all of them on that
 calibration, and judges in float32 (see ``judge.py``). Beside them stand the noise floor (the
-unquantized model run in bf16) and bits chosen for each matrix at the size of int4. On shared cores, set OMP_NUM_THREADS=1 and
-OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait cost several times the time.
+unquantized model run in bf16) and bits chosen for each matrix at the size of int4. On shared cores,
+set OMP_NUM_THREADS=1 and OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait cost several
+times the time.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def open_model(name: str | None) -> Checkpoint:
         InputError: nothing there, or something that cannot be trusted.
     """
     path = resolve(name)
-    if not (path / "config.json").is_file():
+    if _is_gguf(path):
         return packing("gguf").open_artifact(path)
     folder = path
     config = read_json(folder / "config.json")
@@ -57,9 +57,16 @@ def resolve(name: str | None) -> Path:
     if not path.is_dir():
         hint = f"; for the Hub write hf://{name}" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
         raise InputError(f"no such folder{hint}", name)
-    if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
+    if not (path / "config.json").is_file() and not _is_gguf(path):
         raise InputError("has no config.json and no GGUF file", name)
     return path
+
+
+def _is_gguf(path: Path) -> bool:
+    """Whether a model is a GGUF file, or a folder whose weights are."""
+    if path.is_file():
+        return True
+    return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
 
 
 def origin(name: str | None) -> str:
