@@ -10,112 +10,111 @@
 namespace zq {
 namespace {
 
-// The layout of a type: weights and bytes of a block, what is added to a code before it is stored,
-// the bytes of `low` that hold one run of codes, and the bits of a code above the low four.
-template <int TYPE>
-struct Layout {
-    static constexpr bool super = TYPE == kQ4_K || TYPE == kQ5_K || TYPE == kQ6_K;
-    static constexpr bool minimum =
-        TYPE == kQ4_1 || TYPE == kQ5_1 || TYPE == kQ4_K || TYPE == kQ5_K;
-    static constexpr int weights = super ? 256 : 32;
-    static constexpr int high_bits =
-        TYPE == kQ6_K                                       ? 2
-        : TYPE == kQ5_0 || TYPE == kQ5_1 || TYPE == kQ5_K ? 1
-                                                            : 0;
-    static constexpr int bias = TYPE == kQ4_0 ? 8 : TYPE == kQ5_0 ? 16 : TYPE == kQ6_K ? 32 : 0;
-    static constexpr int run = TYPE == kQ6_K ? 64 : super ? 32 : 16;
-    static constexpr int low = TYPE == kQ8_0 ? weights : weights / 2;
-    static constexpr int high = weights * high_bits / 8;
-    static constexpr int groups = TYPE == kQ6_K ? 16 : 8;
-    static constexpr int sub = TYPE == kQ6_K ? 16 : super ? 12 : 0;
-    // Where parts start: Q6_K has its numbers behind its codes.
-    static constexpr int at_scale = TYPE == kQ6_K ? low + high + sub : 0;
-    static constexpr int at_minimum = 2;
-    static constexpr int at_sub = TYPE == kQ6_K ? low + high : 4;
-    static constexpr int at_high = TYPE == kQ6_K ? low : (minimum ? 4 : 2) + sub;
-    static constexpr int at_low = TYPE == kQ6_K ? 0 : at_high + high;
-    static constexpr int size = low + high + sub + (minimum ? 4 : 2);
+#define ZQ_INLINE inline __attribute__((always_inline))
+
+// Numbers of `bits` bits that share bytes, from byte `at` of a block on: byte j of every run of
+// `run` bytes holds the elements j, j + run, j + 2 run, .. of that run's, the first lowest.  Those
+// of run 1 are one little-endian word.
+struct Fields {
+    int bits, run, at;
 };
 
-static_assert(Layout<kQ4_0>::size == 18 && Layout<kQ4_1>::size == 20, "");
-static_assert(Layout<kQ5_0>::size == 22 && Layout<kQ5_1>::size == 24, "");
-static_assert(Layout<kQ8_0>::size == 34 && Layout<kIQ4_NL>::size == 18, "");
-static_assert(Layout<kQ4_K>::size == 144 && Layout<kQ5_K>::size == 176, "");
-static_assert(Layout<kQ6_K>::size == 210, "");
+// `count` integers in two parts: of integer + bias, the bits of `low` and those above.
+struct Parts {
+    int count, bias;
+    Fields low, high;
+};
 
-// Returns the bits that lie outside a code of this type.
-template <class L>
-inline uint8_t pack_codes(const uint8_t* codes, uint8_t* block) {
-    if (L::low == L::weights) {
-        std::memcpy(block + L::at_low, codes, L::weights);
-        return 0;
-    }
-    uint8_t stored[L::weights], used = 0;
-    for (int i = 0; i < L::weights; i++) {
-        stored[i] = static_cast<uint8_t>(codes[i] + L::bias);
-        used |= stored[i];
-    }
-    for (int run = 0; run < L::low / L::run; run++) {
-        const uint8_t* source = stored + 2 * L::run * run;
-        uint8_t* target = block + L::at_low + L::run * run;
-        for (int i = 0; i < L::run; i++)
-            target[i] = static_cast<uint8_t>((source[i] & 15) | (source[L::run + i] << 4));
-    }
-    if (L::high_bits && L::weights == 32) {
-        uint32_t bits = 0;
-        for (int i = 0; i < 32; i++) bits |= static_cast<uint32_t>(stored[i] >> 4 & 1) << i;
-        std::memcpy(block + L::at_high, &bits, 4);
-    } else if (L::high_bits) {
-        constexpr int fields = 8 / (L::high_bits ? L::high_bits : 1);
-        for (int part = 0; part < L::high / 32; part++) {
-            uint8_t* target = block + L::at_high + 32 * part;
-            for (int i = 0; i < 32; i++) {
-                unsigned byte = 0;
-                for (int field = 0; field < fields; field++)
-                    byte |= (stored[32 * (fields * part + field) + i] >> 4) << (L::high_bits * field);
-                target[i] = static_cast<uint8_t>(byte);
-            }
-        }
-    }
-    return static_cast<uint8_t>(used & ~((1 << (4 + L::high_bits)) - 1));
-}
+// The layout of a type: bytes of a block; where its fp16 numbers are; its codes; its sub-scales, but
+// where they come with minima only their count, and where the `twelve` bytes of both are.  -1: there
+// is none.
+struct Layout {
+    int size, scale, offset;
+    Parts codes, sub;
+    int twelve;
+};
 
-template <class L>
-inline void unpack_codes(const uint8_t* block, uint8_t* codes) {
-    if (L::low == L::weights) {
-        std::memcpy(codes, block + L::at_low, L::weights);
+// In the order of BlockType.
+constexpr Layout kLayouts[] = {
+    // Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+    {18, 0, -1, {32, 8, {4, 16, 2}, {}}, {}, -1},
+    {20, 0, 2, {32, 0, {4, 16, 4}, {}}, {}, -1},
+    {22, 0, -1, {32, 16, {4, 16, 6}, {1, 1, 2}}, {}, -1},
+    {24, 0, 2, {32, 0, {4, 16, 8}, {1, 1, 4}}, {}, -1},
+    {34, 0, -1, {32, 0, {8, 32, 2}, {}}, {}, -1},
+    // Q3_K, Q4_K, Q5_K, Q6_K
+    {110, 108, -1, {256, 4, {2, 32, 32}, {1, 32, 0}}, {16, 32, {4, 8, 96}, {2, 4, 104}}, -1},
+    {144, 0, 2, {256, 0, {4, 32, 16}, {}}, {8, 0, {}, {}}, 4},
+    {176, 0, 2, {256, 0, {4, 32, 48}, {1, 32, 16}}, {8, 0, {}, {}}, 4},
+    {210, 208, -1, {256, 32, {4, 64, 0}, {2, 32, 128}}, {16, 0, {8, 16, 192}, {}}, -1},
+    // IQ4_NL, IQ4_XS
+    {18, 0, -1, {32, 0, {4, 16, 2}, {}}, {}, -1},
+    {136, 0, -1, {256, 0, {4, 16, 8}, {}}, {8, 32, {4, 1, 4}, {2, 1, 2}}, -1},
+};
+
+// Writes the field of every value that starts at bit `from` of it.
+ZQ_INLINE void join(const uint8_t* values, int count, int from, Fields f, uint8_t* block) {
+    const int fields = 8 / f.bits, mask = (1 << f.bits) - 1;
+    if (f.run == 1) {
+        uint32_t word = 0;
+        for (int i = 0; i < count; i++)
+            word |= static_cast<uint32_t>(values[i] >> from & mask) << f.bits * i;
+        std::memcpy(block + f.at, &word, count / fields);
         return;
     }
-    uint8_t stored[L::weights];
-    for (int run = 0; run < L::low / L::run; run++) {
-        const uint8_t* source = block + L::at_low + L::run * run;
-        uint8_t* target = stored + 2 * L::run * run;
-        for (int i = 0; i < L::run; i++) {
-            target[i] = source[i] & 15;
-            target[L::run + i] = source[i] >> 4;
+    for (int run = 0; run < count / fields; run += f.run)
+        for (int i = 0; i < f.run; i++) {
+            const uint8_t* source = values + fields * run + i;
+            int byte = 0;
+            for (int field = 0; field < fields; field++)
+                byte |= (source[f.run * field] >> from & mask) << f.bits * field;
+            block[f.at + run + i] = static_cast<uint8_t>(byte);
         }
+}
+
+// The lowest field comes first, and so need not find zeros.
+ZQ_INLINE void put(uint8_t& value, int from, int field) {
+    value = static_cast<uint8_t>(from ? value | field << from : field);
+}
+
+// The inverse of `join` of one field.
+ZQ_INLINE void split(const uint8_t* block, int count, int from, Fields f, uint8_t* values) {
+    const int fields = 8 / f.bits, mask = (1 << f.bits) - 1;
+    if (f.run == 1) {
+        uint32_t word = 0;
+        std::memcpy(&word, block + f.at, count / fields);
+        for (int i = 0; i < count; i++)
+            put(values[i], from, static_cast<int>(word >> f.bits * i) & mask);
+        return;
     }
-    if (L::high_bits && L::weights == 32) {
-        uint32_t bits;
-        std::memcpy(&bits, block + L::at_high, 4);
-        for (int i = 0; i < 32; i++) stored[i] |= static_cast<uint8_t>((bits >> i & 1) << 4);
-    } else if (L::high_bits) {
-        constexpr int fields = 8 / (L::high_bits ? L::high_bits : 1);
-        constexpr int mask = (1 << L::high_bits) - 1;
-        for (int part = 0; part < L::high / 32; part++) {
-            const uint8_t* source = block + L::at_high + 32 * part;
-            for (int field = 0; field < fields; field++) {
-                uint8_t* target = stored + 32 * (fields * part + field);
-                for (int i = 0; i < 32; i++)
-                    target[i] |= static_cast<uint8_t>((source[i] >> (L::high_bits * field) & mask) << 4);
-            }
-        }
+    for (int run = 0; run < count / fields; run += f.run)
+        for (int field = 0; field < fields; field++)
+            for (int i = 0; i < f.run; i++)
+                put(values[fields * run + f.run * field + i], from,
+                    block[f.at + run + i] >> f.bits * field & mask);
+}
+
+// Returns the bits that lie outside the integers of this type.
+ZQ_INLINE uint8_t pack_parts(const uint8_t* values, Parts p, uint8_t* block) {
+    uint8_t stored[256], used = 0;
+    for (int i = 0; i < p.count; i++) {
+        stored[i] = static_cast<uint8_t>(values[i] + p.bias);
+        used |= stored[i];
     }
-    for (int i = 0; i < L::weights; i++) codes[i] = static_cast<uint8_t>(stored[i] - L::bias);
+    join(stored, p.count, 0, p.low, block);
+    if (p.high.bits) join(stored, p.count, p.low.bits, p.high, block);
+    return static_cast<uint8_t>(used >> (p.low.bits + p.high.bits));
+}
+
+ZQ_INLINE void unpack_parts(const uint8_t* block, Parts p, uint8_t* values) {
+    uint8_t stored[256];
+    split(block, p.count, 0, p.low, stored);
+    if (p.high.bits) split(block, p.count, p.low.bits, p.high, stored);
+    for (int i = 0; i < p.count; i++) values[i] = static_cast<uint8_t>(stored[i] - p.bias);
 }
 
 // Eight scales and eight minima of six bits each.  Returns the bits above them.
-inline uint8_t pack_six(const uint8_t* scales, const uint8_t* minima, uint8_t* target) {
+inline uint8_t pack_twelve(const uint8_t* scales, const uint8_t* minima, uint8_t* target) {
     uint8_t used = 0;
     for (int i = 0; i < 4; i++) {
         target[i] = static_cast<uint8_t>(scales[i] | (scales[4 + i] >> 4) << 6);
@@ -126,7 +125,7 @@ inline uint8_t pack_six(const uint8_t* scales, const uint8_t* minima, uint8_t* t
     return used & 0xC0;
 }
 
-inline void unpack_six(const uint8_t* source, uint8_t* scales, uint8_t* minima) {
+inline void unpack_twelve(const uint8_t* source, uint8_t* scales, uint8_t* minima) {
     for (int i = 0; i < 4; i++) {
         scales[i] = source[i] & 63;
         minima[i] = source[4 + i] & 63;
@@ -138,44 +137,48 @@ inline void unpack_six(const uint8_t* source, uint8_t* scales, uint8_t* minima) 
 // Returns whether every code and integer fits.
 template <int TYPE>
 bool pack(const Blocks& b) {
-    using L = Layout<TYPE>;
+    constexpr Layout l = kLayouts[TYPE];
     uint8_t outside = 0;
     for (int64_t i = 0; i < b.count; i++) {
-        uint8_t* block = b.bytes + i * L::size;
-        outside |= pack_codes<L>(b.codes + i * L::weights, block);
-        std::memcpy(block + L::at_scale, b.scales + i, 2);
-        if (L::minimum) std::memcpy(block + L::at_minimum, b.offsets + i, 2);
-        if (L::super && L::minimum)
-            outside |= pack_six(b.sub_scales + i * L::groups, b.sub_mins + i * L::groups,
-                                block + L::at_sub);
-        else if (L::super)
-            std::memcpy(block + L::at_sub, b.sub_scales + i * L::groups, L::groups);
+        uint8_t* block = b.bytes + i * l.size;
+        outside |= pack_parts(b.codes + i * l.codes.count, l.codes, block);
+        std::memcpy(block + l.scale, b.scales + i, 2);
+        if (l.offset >= 0) std::memcpy(block + l.offset, b.offsets + i, 2);
+        const int64_t sub = i * l.sub.count;
+        if (l.twelve >= 0)
+            outside |= pack_twelve(b.sub_scales + sub, b.sub_mins + sub, block + l.twelve);
+        else if (l.sub.count)
+            outside |= pack_parts(b.sub_scales + sub, l.sub, block);
     }
     return outside == 0;
 }
 
 template <int TYPE>
 bool unpack(const Blocks& b) {
-    using L = Layout<TYPE>;
+    constexpr Layout l = kLayouts[TYPE];
     for (int64_t i = 0; i < b.count; i++) {
-        const uint8_t* block = b.bytes + i * L::size;
-        unpack_codes<L>(block, b.codes + i * L::weights);
-        std::memcpy(b.scales + i, block + L::at_scale, 2);
-        if (L::minimum) std::memcpy(b.offsets + i, block + L::at_minimum, 2);
-        if (L::super && L::minimum)
-            unpack_six(block + L::at_sub, b.sub_scales + i * L::groups, b.sub_mins + i * L::groups);
-        else if (L::super)
-            std::memcpy(b.sub_scales + i * L::groups, block + L::at_sub, L::groups);
+        const uint8_t* block = b.bytes + i * l.size;
+        unpack_parts(block, l.codes, b.codes + i * l.codes.count);
+        std::memcpy(b.scales + i, block + l.scale, 2);
+        if (l.offset >= 0) std::memcpy(b.offsets + i, block + l.offset, 2);
+        const int64_t sub = i * l.sub.count;
+        if (l.twelve >= 0)
+            unpack_twelve(block + l.twelve, b.sub_scales + sub, b.sub_mins + sub);
+        else if (l.sub.count)
+            unpack_parts(block, l.sub, b.sub_scales + sub);
     }
     return true;
 }
 
 using Convert = bool (*)(const Blocks&);
-constexpr Convert kPack[] = {pack<kQ4_0>, pack<kQ4_1>, pack<kQ5_0>, pack<kQ5_1>, pack<kQ8_0>,
-                             pack<kQ4_K>, pack<kQ5_K>, pack<kQ6_K>, pack<kIQ4_NL>};
-constexpr Convert kUnpack[] = {unpack<kQ4_0>, unpack<kQ4_1>, unpack<kQ5_0>,
-                               unpack<kQ5_1>, unpack<kQ8_0>, unpack<kQ4_K>,
-                               unpack<kQ5_K>, unpack<kQ6_K>, unpack<kIQ4_NL>};
+constexpr Convert kPack[] = {
+    pack<kQ4_0>, pack<kQ4_1>, pack<kQ5_0>, pack<kQ5_1>,   pack<kQ8_0>,  pack<kQ3_K>,
+    pack<kQ4_K>, pack<kQ5_K>, pack<kQ6_K>, pack<kIQ4_NL>, pack<kIQ4_XS>,
+};
+constexpr Convert kUnpack[] = {
+    unpack<kQ4_0>, unpack<kQ4_1>, unpack<kQ5_0>, unpack<kQ5_1>,   unpack<kQ8_0>,  unpack<kQ3_K>,
+    unpack<kQ4_K>, unpack<kQ5_K>, unpack<kQ6_K>, unpack<kIQ4_NL>, unpack<kIQ4_XS>,
+};
 
 }  // namespace
 }  // namespace zq

@@ -27,46 +27,114 @@ constexpr float kLargestHalf = 65504.0f;
 
 template <int TYPE>
 struct Grid {
-    static constexpr bool codebook = TYPE == kIQ4_NL;
-    static constexpr bool offset = TYPE != kQ6_K && TYPE != kIQ4_NL;  // value = step k - shift
-    static constexpr bool super = TYPE == kQ4_K || TYPE == kQ5_K || TYPE == kQ6_K;
-    static constexpr int length = TYPE == kQ6_K ? 16 : 32;  // weights of a sub-group
-    static constexpr int groups = TYPE == kQ6_K ? 16 : super ? 8 : 1;  // sub-groups of a block
-    static constexpr float low = TYPE == kQ6_K ? -32 : 0;
-    static constexpr float high = TYPE == kQ6_K                      ? 31
-                                  : TYPE == kQ5_1 || TYPE == kQ5_K ? 31
-                                                                     : 15;
+    static constexpr bool codebook = TYPE == kIQ4_NL || TYPE == kIQ4_XS;
+    static constexpr bool super = TYPE == kQ3_K || TYPE == kQ4_K || TYPE == kQ5_K ||
+                                  TYPE == kQ6_K || TYPE == kIQ4_XS;
+    static constexpr bool sixteen = TYPE == kQ3_K || TYPE == kQ6_K;
+    static constexpr bool offset = !codebook && !sixteen;  // value = step k - shift
+    static constexpr int length = sixteen ? 16 : 32;  // weights of a sub-group
+    static constexpr int groups = sixteen ? 16 : super ? 8 : 1;  // sub-groups of a block
+    static constexpr float low = TYPE == kQ3_K ? -4 : TYPE == kQ6_K ? -32 : 0;
+    static constexpr float high =
+        TYPE == kQ3_K ? 3 : TYPE == kQ5_1 || TYPE == kQ5_K || TYPE == kQ6_K ? 31 : 15;
+    // Of the integer that scales a sub-group's steps.
+    static constexpr float sub_low = offset ? 0 : TYPE == kQ6_K ? -128 : -32;
+    static constexpr float sub_high = offset ? 63 : TYPE == kQ6_K ? 127 : 31;
 };
+
+// ---- levels -------------------------------------------------------------------------------------
 
 constexpr float kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                1,    13,   25,  38,  53,  69,  89,  113};
 
-// Index of the nearest level; a tie goes to the lower.
-ZQ_INLINE V nearest_level(V exact) {
-    V index{};
-#pragma GCC unroll 16
-    for (int i = 0; i < 15; i++) {
-        const float middle = (kLevels[i] + kLevels[i + 1]) / 2;
-        index = index + select(exact > middle, splat(1.0f), splat(0.0f));
+constexpr float middle(int i) { return (kLevels[i] + kLevels[i + 1]) / 2; }
+
+// What stands for a level.
+template <bool CODE>
+constexpr float entry(int i) { return CODE ? static_cast<float>(i) : kLevels[i]; }
+
+#if defined(__AVX512F__)
+
+// Buckets of width 8 have one middle at most.  That of x is b = round(x / 8), -15 .. 15, and its
+// place b & 31: the level at its start, and the middle in it, beyond which the next one starts.
+// Ties of the rounding lie at 8 b + 4, where no middle is.
+template <bool CODE>
+struct Buckets {
+    alignas(64) float middles[32] = {}, entries[32] = {};
+
+    constexpr Buckets() {
+        for (int b = -15, i = 0; b <= 16; b++) {
+            entries[b & 31] = entry<CODE>(i);
+            const bool within = i < 15 && middle(i) < static_cast<float>(8 * b + 4);
+            middles[b & 31] = within ? middle(i++) : __builtin_inff();
+        }
     }
-    return index;
+};
+
+template <bool CODE>
+constexpr Buckets<CODE> kBuckets;
+
+// What stands for the nearest level; a tie goes to the lower.
+template <bool CODE>
+ZQ_INLINE V nearest_level(V exact) {
+    // The low bits of x + magic are round(x).
+    const V eighth = vmax(vmin(exact, splat(120.0f)), splat(-120.0f)) * 0.125f;
+    const U bucket = to_bits(eighth + kRoundMagic);
+    const I beyond = exact > pick32(kBuckets<CODE>.middles, bucket);
+    return pick32(kBuckets<CODE>.entries, bucket - (U)beyond);
 }
 
-ZQ_INLINE V level_value(V exact) {
-    V value = splat(kLevels[0]);
+#elif defined(__AVX2__)
+
+// A tree of comparisons.  A lane's path so far is a number, each step doubling it and subtracting
+// 1 where x is beyond the middle, so that its low bits are 0, 7, 6, .. from left to right.
+template <bool CODE>
+struct Tree {
+    alignas(32) float third[8] = {}, fourth[8] = {}, lower[8] = {}, upper[8] = {};
+
+    constexpr Tree() {
+        for (int i = 0; i < 4; i++) third[-i & 7] = middle(4 * i + 1);
+        for (int i = 0; i < 8; i++) {
+            fourth[-i & 7] = middle(2 * i);
+            lower[-i & 7] = entry<CODE>(2 * i);
+            upper[-i & 7] = entry<CODE>(2 * i + 1);
+        }
+    }
+};
+
+template <bool CODE>
+constexpr Tree<CODE> kTree;
+
+template <bool CODE>
+ZQ_INLINE V nearest_level(V exact) {
+    constexpr const Tree<CODE>& tree = kTree<CODE>;
+    I path = exact > middle(7);
+    path = path + path + (exact > select(path, splat(middle(11)), splat(middle(3))));
+    path = path + path + (exact > pick8(tree.third, (U)path));
+    const I beyond = exact > pick8(tree.fourth, (U)path);
+    return select(beyond, pick8(tree.upper, (U)path), pick8(tree.lower, (U)path));
+}
+
+#else
+
+template <bool CODE>
+ZQ_INLINE V nearest_level(V exact) {
+    V found = splat(entry<CODE>(0));
 #pragma GCC unroll 16
     for (int i = 0; i < 15; i++) {
-        const float middle = (kLevels[i] + kLevels[i + 1]) / 2;
-        value = value + select(exact > middle, splat(kLevels[i + 1] - kLevels[i]), splat(0.0f));
+        const float rise = entry<CODE>(i + 1) - entry<CODE>(i);
+        found = found + select(exact > middle(i), splat(rise), splat(0.0f));
     }
-    return value;
+    return found;
 }
+
+#endif
 
 // The k nearest to `exact`, a weight counted in steps.  Clamped before it is rounded, which is the
 // same: the bounds are whole numbers.
 template <class G>
 ZQ_INLINE V nearest(V exact) {
-    if constexpr (G::codebook) return level_value(exact);
+    if constexpr (G::codebook) return nearest_level<false>(exact);
     else return vround(vmax(vmin(exact, splat(G::high)), splat(G::low)));
 }
 
@@ -84,19 +152,21 @@ ZQ_INLINE V clamp(V x, float low, float high) {
 // Lane i of the result is lane i ^ HALF.
 template <int HALF>
 ZQ_INLINE V swap(V x) {
+#define ZQ_SHUFFLE(...) return __builtin_shufflevector(x, x, __VA_ARGS__)
 #if defined(__AVX512F__)
-    if constexpr (HALF == 8) return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    else if constexpr (HALF == 4) return __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    else if constexpr (HALF == 2) return __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    else return __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    if constexpr (HALF == 8) ZQ_SHUFFLE(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    if constexpr (HALF == 4) ZQ_SHUFFLE(4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    if constexpr (HALF == 2) ZQ_SHUFFLE(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    if constexpr (HALF == 1) ZQ_SHUFFLE(1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
 #elif defined(__AVX2__)
-    if constexpr (HALF == 4) return __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
-    else if constexpr (HALF == 2) return __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
-    else return __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
+    if constexpr (HALF == 4) ZQ_SHUFFLE(4, 5, 6, 7, 0, 1, 2, 3);
+    if constexpr (HALF == 2) ZQ_SHUFFLE(2, 3, 0, 1, 6, 7, 4, 5);
+    if constexpr (HALF == 1) ZQ_SHUFFLE(1, 0, 3, 2, 5, 4, 7, 6);
 #else
-    if constexpr (HALF == 2) return __builtin_shufflevector(x, x, 2, 3, 0, 1);
-    else return __builtin_shufflevector(x, x, 1, 0, 3, 2);
+    if constexpr (HALF == 2) ZQ_SHUFFLE(2, 3, 0, 1);
+    if constexpr (HALF == 1) ZQ_SHUFFLE(1, 0, 3, 2);
 #endif
+#undef ZQ_SHUFFLE
 }
 
 // Combines the numbers of the GROUPS sub-groups of every block; all of them get the result.
@@ -417,11 +487,12 @@ void search_super(const Part<G>* parts, const BlockRequest& r, Found* found) {
             sums[i] = sums_of<G, WEIGHTED>(parts[i], found[i].step, found[i].shift);
         refit_super<G, WEIGHTED>(parts, lines, sums, found, states);
         for (int i = 0; i < kParts; i++)
-            move_super<G, WEIGHTED>(parts[i], lines[i], sums[i], found[i], states[i], r.reach[turn]);
+            move_super<G, WEIGHTED>(parts[i], lines[i], sums[i], found[i], states[i],
+                                    r.reach[turn]);
     }
 }
 
-// ---- types without: Q6_K, IQ4_NL ----------------------------------------------------------------
+// ---- types without: Q3_K, Q6_K, IQ4_NL, IQ4_XS --------------------------------------------------
 
 struct Ray {
     V step, gain, kk, xk;
@@ -463,7 +534,7 @@ void start_scales(const Part<G>* parts, const Ray* rays, const BlockRequest& r, 
         for (int i = 0; i < kParts; i++) {
             const V largest = select(low[i] >= high[i], -low[i], high[i]);
             d[i] = half(parts[i], largest * r.scale_ratios[scale]);
-            s[i] = vround(clamp(rays[i].step * inverse_of(d[i].normal), -128, 127));
+            s[i] = vround(clamp(rays[i].step * inverse_of(d[i].normal), G::sub_low, G::sub_high));
             steps[i] = d[i].normal * s[i];
             sums[i] = steps[i] * (steps[i] * rays[i].kk - 2.0f * rays[i].xk);
         }
@@ -513,7 +584,7 @@ void move_scales(const Part<G>& part, Found& found, V& error, int reach) {
     const V s = found.s, d = found.scale * part.p;
     for (int i = 0; i < 2 * reach; i++) {
         const float change = static_cast<float>(i % 2 ? i / 2 + 1 : -(i / 2 + 1));
-        const V moved = clamp(s + change, -128, 127), step = d * moved;
+        const V moved = clamp(s + change, G::sub_low, G::sub_high), step = d * moved;
         const V other = error_of<G, WEIGHTED>(part, step, V{});
         const I better = other < error;
         found.s = select(better, moved, found.s);
@@ -604,7 +675,7 @@ void write_codes(const BlockRequest& r, const Part<G>& part, const Found& found,
             const V x = load<DTYPE>(static_cast<const char*>(r.weight) + offset * width, 0, W) * p;
             const V exact = (G::offset ? x + shift : x) * inverse;
             V k;
-            if constexpr (G::codebook) k = nearest_level(exact);
+            if constexpr (G::codebook) k = nearest_level<true>(exact);
             else k = nearest<G>(exact);
             // The low byte of k + magic is k in two's complement.
             const B bytes = low_bytes(to_bits(k + kRoundMagic));
@@ -624,8 +695,8 @@ int64_t write_numbers(const BlockRequest& r, const Part<G>& part, const Found& f
         if (group % G::groups) continue;
         const bool nothing = found.scale[i] == 0.0f && found.offset[i] == 0.0f;
         // Zeros are a choice as long as fp16 could have held scales.
-        if ((nothing && part.absmax[i] > kLargestHalf) || !(magnitude(found.scale)[i] <= kLargestHalf))
-            return block;
+        if (nothing && part.absmax[i] > kLargestHalf) return block;
+        if (!(magnitude(found.scale)[i] <= kLargestHalf)) return block;
         r.scales[block] = half_bits(found.scale[i]);
         if (G::offset) r.offsets[block] = half_bits(found.offset[i]);
     }
@@ -667,7 +738,8 @@ template <class G>
 Result quantize_type(const BlockRequest& r) {
     const bool weighted = r.importance != nullptr;
     if (r.dtype == kFloat32)
-        return weighted ? quantize_units<G, kFloat32, true>(r) : quantize_units<G, kFloat32, false>(r);
+        return weighted ? quantize_units<G, kFloat32, true>(r)
+                        : quantize_units<G, kFloat32, false>(r);
     if (r.dtype == kBFloat16)
         return weighted ? quantize_units<G, kBFloat16, true>(r)
                         : quantize_units<G, kBFloat16, false>(r);
@@ -715,7 +787,8 @@ ZQ_INLINE bool store_half(uint16_t* target, float value) {
 
 // One block of finite weights; returns whether its scales are representable.
 template <int TYPE>
-ZQ_INLINE bool plain_block(const BlockRequest& r, int64_t block, const V* x, float low, float high) {
+ZQ_INLINE bool plain_block(const BlockRequest& r, int64_t block, const V* x, float low,
+                           float high) {
     constexpr bool minimum = TYPE == kQ4_1 || TYPE == kQ5_1;
     constexpr bool five = TYPE == kQ5_0 || TYPE == kQ5_1;
     constexpr float half = five ? 16 : 8, top = 2 * half - 1;
@@ -732,7 +805,8 @@ ZQ_INLINE bool plain_block(const BlockRequest& r, int64_t block, const V* x, flo
             code = whole + select(size - whole >= 0.5f, splat(1.0f), splat(0.0f));
             code = from_bits(to_bits(code) | (to_bits(exact) & 0x80000000u));
         } else {
-            const V shifted = minimum ? (x[i] - low) * inverse + 0.5f : x[i] * inverse + (half + 0.5f);
+            const V shifted =
+                minimum ? (x[i] - low) * inverse + 0.5f : x[i] * inverse + (half + 0.5f);
             code = vfloor(clamp(shifted, 0, top + 0.5f)) - (minimum ? 0.0f : half);
         }
         const B bytes = low_bytes(to_bits(code + kRoundMagic));
@@ -776,10 +850,12 @@ Result search_blocks(const BlockRequest& r) {
     switch (r.type) {
         case kQ4_1: return quantize_type<Grid<kQ4_1>>(r);
         case kQ5_1: return quantize_type<Grid<kQ5_1>>(r);
+        case kQ3_K: return quantize_type<Grid<kQ3_K>>(r);
         case kQ4_K: return quantize_type<Grid<kQ4_K>>(r);
         case kQ5_K: return quantize_type<Grid<kQ5_K>>(r);
         case kQ6_K: return quantize_type<Grid<kQ6_K>>(r);
         case kIQ4_NL: return quantize_type<Grid<kIQ4_NL>>(r);
+        case kIQ4_XS: return quantize_type<Grid<kIQ4_XS>>(r);
         default: return {kNoSuchType, -1};
     }
 }

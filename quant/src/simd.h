@@ -50,6 +50,11 @@ ZQ_INLINE V vround(V x) { return (V)_mm512_roundscale_ps((__m512)x, 0x08); }
 ZQ_INLINE U zero_extend(H x) { return (U)_mm512_cvtepu16_epi32((__m256i)x); }
 ZQ_INLINE B low_bytes(U x) { return (B)_mm512_cvtepi32_epi8((__m512i)x); }
 ZQ_INLINE bool any(I mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
+// table[index & 31]
+ZQ_INLINE V pick32(const float* table, U index) {
+    const __m512 low = _mm512_load_ps(table), high = _mm512_load_ps(table + 16);
+    return (V)_mm512_permutex2var_ps(low, (__m512i)index, high);
+}
 #elif defined(__AVX2__)
 ZQ_INLINE V vmin(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); }
 ZQ_INLINE V vmax(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
@@ -63,6 +68,10 @@ ZQ_INLINE B low_bytes(U x) {
     return (B)bytes;
 }
 ZQ_INLINE bool any(I mask) { return _mm256_movemask_ps((__m256)mask) != 0; }
+// table[index & 7]
+ZQ_INLINE V pick8(const float* table, U index) {
+    return (V)_mm256_permutevar8x32_ps(_mm256_load_ps(table), (__m256i)index);
+}
 #else
 ZQ_INLINE V vmin(V a, V b) { return a < b ? a : b; }
 ZQ_INLINE V vmax(V a, V b) { return a > b ? a : b; }

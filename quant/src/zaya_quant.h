@@ -20,7 +20,9 @@ enum Status : int32_t {
     kOk = 0, kNonFinite = 1, kNotRepresentable = 2, kNoMemory = 3, kNoSuchType = 4
 };
 // In the order of BLOCK_TYPES of zaya_quant/spec.py.
-enum BlockType : int32_t { kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ4_K, kQ5_K, kQ6_K, kIQ4_NL };
+enum BlockType : int32_t {
+    kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ3_K, kQ4_K, kQ5_K, kQ6_K, kIQ4_NL, kIQ4_XS
+};
 
 // Symmetric quantization of rows of groups; see zaya_quant/affine.py for the arithmetic.
 struct Request {

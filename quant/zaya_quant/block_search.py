@@ -19,7 +19,8 @@ measured, not predicted.  In turns: d and dmin are fitted to the codes by least 
 where the super-block's error falls; s and n move to neighbours where the sub-group's error falls.
 
 Types with one sub-group per block need only step 1, and one measurement of the rounded numbers
-(against plain rounding, for Q4_1 and Q5_1).
+(against plain rounding, for Q4_1 and Q5_1).  Symmetric types have no b, and k may name a value of
+a table (IQ4_NL, IQ4_XS).
 
 **Exact order of float32 operations**, which the native code repeats bit for bit, without any fused
 multiply-add:
@@ -89,13 +90,22 @@ _SIX_BITS = {
     "minima": _reciprocals(_spread(60, 66, 3)),
     "reach": (3, 1),
 }
-_IQ4_POINTS = _spread(0.80, 1.15, 12)
+_Q3_POINTS = _spread(0.75, 1.6, 10)
+_IQ4_POINTS = _spread(0.80, 1.25, 14)
+_IQ4_RATIOS = _reciprocals([127 * p for p in _IQ4_POINTS] + [-113 * p for p in _IQ4_POINTS])
 # Ranges that hold nearly all of the best values over normal and Student-t (4 degrees of freedom)
 # weights, and as many points as gained something: half as many again, at two thirds of the speed,
 # lower the squared error of Q4_K and Q5_K by 0.2 %.
 SEARCHES = {
     "Q4_1": Search(_reciprocals(_spread(11, 16.6, 32))),
     "Q5_1": Search(_reciprocals(_spread(26, 33, 32))),
+    # The lowest code is -4 and the highest 3, so either sign may serve a sub-group better; under
+    # importance the best steps may leave much of the largest weight out.
+    "Q3_K": Search(
+        _reciprocals([4 * p for p in _Q3_POINTS] + [-3 * p for p in _Q3_POINTS]),
+        scales=_reciprocals(_spread(-32, -27, 21)),
+        reach=(2,),
+    ),
     "Q4_K": Search(_reciprocals(_spread(11.5, 16.5, 20)), **_SIX_BITS),
     "Q5_K": Search(_reciprocals(_spread(26, 32.8, 22)), **_SIX_BITS),
     # 16 weights on 64 levels: a step a quarter larger than it must be may fit just as well.
@@ -104,10 +114,9 @@ SEARCHES = {
         scales=_reciprocals(_spread(-128, -108, 33)),
         reach=(4,),
     ),
-    # The lowest level is -127 and the highest 113, so either sign may serve a block better.
-    "IQ4_NL": Search(
-        _reciprocals([127 * p for p in _IQ4_POINTS] + [-113 * p for p in _IQ4_POINTS])
-    ),
+    # The lowest level is -127 and the highest 113: here too either sign may be better.
+    "IQ4_NL": Search(_IQ4_RATIOS),
+    "IQ4_XS": Search(_IQ4_RATIOS, scales=_reciprocals(_spread(-32, -24, 33)), reach=(2,)),
 }
 
 
@@ -171,16 +180,6 @@ class _Tile:
     absmax: Tensor  # [rows, blocks, 1]: of the weights as they were
     p: Tensor  # [rows, blocks, 1]
 
-    @property
-    def low(self) -> int:
-        """The smallest code that counts steps."""
-        return -32 if self.spec.type == "Q6_K" else 0
-
-    @property
-    def high(self) -> int:
-        """The largest code that counts steps."""
-        return 31 if self.spec.type == "Q6_K" else (1 << self.spec.bits) - 1
-
     def weighted(self, values: Tensor) -> Tensor:
         """Sum over a sub-group of ``values [rows, blocks, G, L]``, weighted."""
         return _fold(values if self.w is None else values * self.w, LANES)
@@ -197,7 +196,7 @@ class _Tile:
         exact = x * _inverse(step).unsqueeze(3)
         if self.spec.grid.codebook:
             return torch.tensor(IQ4_NL_LEVELS, dtype=torch.float32)[_nearest_level(exact)]
-        return torch.round(exact.clamp(self.low, self.high))
+        return torch.round(exact.clamp(*self.spec.grid.code_range))
 
     def error(self, step: Tensor, shift: Tensor | None) -> Tensor:
         """Squared error of every sub-group ``[rows, blocks, G]`` with the nearest codes."""
@@ -316,7 +315,7 @@ def _single_offset(line: _Line, low: Tensor, high: Tensor) -> _Found:
     zero = torch.zeros_like(tile.p)
     found = _Found(zero, zero, None, None, zero, zero)
     error = tile.error(found.step, found.shift)
-    plain = (high - low) / tile.high
+    plain = (high - low) / tile.spec.grid.code_range[1]
     for step, shift in ((plain, low), (line.step, None)):
         scale, step = tile.half(step)
         if shift is None:  # what fits best beside the step as it was rounded
@@ -429,7 +428,7 @@ def _try_integers(tile: _Tile, found: _Found, state: _State, s: Tensor, n: Tenso
     state.error = torch.where(better, error, state.error)
 
 
-# ---- types without: Q6_K, IQ4_NL ---------------------------------------------------------------
+# ---- types without: Q3_K, Q6_K, IQ4_NL, IQ4_XS -------------------------------------------------
 
 
 def _search_symmetric(tile: _Tile) -> _Found:
@@ -484,7 +483,7 @@ def _start_scales(ray: _Ray, search: Search) -> tuple[_Found, Tensor]:
     largest = torch.where(-low >= high, low, high)
     for ratio in torch.tensor(search.scales):
         scale, d = tile.half(largest * ratio)
-        s = torch.round((ray.step * _inverse(d)).clamp(-128, 127))
+        s = torch.round((ray.step * _inverse(d)).clamp(*tile.spec.grid.sub_range))
         step = d * s
         error = _fold(step * (step * ray.kk - 2 * ray.xk)).unsqueeze(2)
         better = scale.isfinite() & (error < least)
@@ -512,7 +511,7 @@ def _move_scales(tile: _Tile, found: _Found, error: Tensor, reach: int) -> Tenso
     d = found.scale * tile.p
     for distance in range(1, reach + 1):
         for change in (-distance, distance):
-            moved = (s + change).clamp(-128, 127)
+            moved = (s + change).clamp(*tile.spec.grid.sub_range)
             step = d * moved
             other = tile.error(step, None)
             better = other < error

@@ -2,20 +2,22 @@
 
 A row is a sequence of blocks, a block a sequence of parts (ggml-common.h; ``_LAYOUTS``)::
 
-    Q4_0   d  low[16]                Q4_1   d  m  low[16]            IQ4_NL  d  low[16]
-    Q5_0   d  high[4]  low[16]       Q5_1   d  m  high[4]  low[16]   Q8_0    d  codes[32]
-    Q4_K   d  m  sub[12]  low[128]   Q5_K   d  m  sub[12]  high[32]  low[128]
+    Q4_0   d  low[16]                Q4_1    d  m  low[16]            IQ4_NL  d  low[16]
+    Q5_0   d  high[4]  low[16]       Q5_1    d  m  high[4]  low[16]   Q8_0    d  codes[32]
+    Q4_K   d  m  sub[12]  low[128]   Q5_K    d  m  sub[12]  high[32]  low[128]
     Q6_K   low[128]  high[64]  sub[16]  d
+    Q3_K   high[32]  low[64]  sub_low[8]  sub_high[4]  d
+    IQ4_XS d  sub_high[2]  sub_low[4]  low[128]
 
 ``d`` and ``m`` (dmin for K-quants) are little-endian fp16.  A code is stored as the unsigned
-u = code + bias, the bias 8 for Q4_0, 16 for Q5_0, 32 for Q6_K, else 0:
+u = code + bias, the bias 8 for Q4_0, 16 for Q5_0, 32 for Q6_K, 4 for Q3_K, else 0:
 
-* ``low``, the low four bits: byte j of a run of R bytes holds element j of the run's 2 R elements
-  in its low nibble and element j + R in its high one; R = 32 for Q4_K and Q5_K, 64 for Q6_K,
-  else 16.
-* ``high``, the bits above: Q5_0 and Q5_1 one bit string, bit i % 8 of byte i // 8 for element i;
-  Q5_K bit k of byte j for element 32 k + j; Q6_K, for either half of 128 elements, two bits at
-  2 k of byte j for element 32 k + j of the half.
+* ``low``, the low four bits (two for Q3_K), and ``high``, those above, are fields of bytes, the
+  first in the lowest bits: of every run of R bytes, byte j holds the elements j, j + R, j + 2 R, ..
+  of that run's.  R = 32 for all of Q3_K, Q4_K and Q5_K and for ``high`` of Q6_K, 64 for ``low`` of
+  Q6_K; 1 (neighbours share a byte) for ``high`` of Q5_0 and Q5_1; else 16.
+* ``sub_low`` and ``sub_high`` are likewise the low four bits and the two above of sub_scale + 32:
+  R = 8 and 4 for Q3_K, 1 for IQ4_XS.
 * ``sub`` of Q4_K and Q5_K, eight scales s and eight minima n of six bits, j = 0..3: byte j is
   s[j] | (s[j+4] >> 4) << 6, byte 4 + j the same of n, byte 8 + j is the low four bits of s[j+4]
   and above them those of n[j+4].  Of Q6_K: sixteen int8.
@@ -28,6 +30,7 @@ rounded to fp16, and halves are rounded up (Q8_0: away from zero).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -47,36 +50,94 @@ from zaya_quant.spec import (
 # Rows are processed in tiles of about this many weights, so that temporaries stay in cache.
 _TILE = 1 << 18
 
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Numbers of ``bits`` bits that share bytes, by runs of ``run`` bytes; see the top."""
+
+    bits: int
+    run: int
+
+    def join(self, values: Tensor) -> Tensor:
+        """uint8 ``[rows, blocks, n]``, each below 2^bits, to ``[rows, blocks, n bits / 8]``."""
+        fields = values.unflatten(2, (-1, 8 // self.bits, self.run))
+        joined = fields[:, :, :, 0]
+        for index in range(1, fields.shape[3]):
+            joined = joined | (fields[:, :, :, index] << (index * self.bits))
+        return joined.flatten(2)
+
+    def split(self, data: Tensor) -> Tensor:
+        """The inverse of ``join``."""
+        runs, mask = data.unflatten(2, (-1, self.run)), (1 << self.bits) - 1
+        shifts = range(0, 8, self.bits)
+        return torch.stack([(runs >> shift) & mask for shift in shifts], dim=3).flatten(2)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Integers in two parts: of value + ``bias``, the bits of ``low`` and those above them."""
+
+    low: _Fields
+    high: _Fields | None = None
+    bias: int = 0
+
+    def part(self, values: Tensor, name: str) -> Tensor:
+        """The bytes of ``low`` or ``high``, of int8 or uint8 ``[rows, blocks, n]``."""
+        stored = values.view(torch.uint8) + self.bias  # int8 + bias wraps to just the unsigned
+        if name == "low":
+            return self.low.join(stored & ((1 << self.low.bits) - 1))
+        return _given(self.high).join(stored >> self.low.bits)
+
+    def values(self, low: Tensor, high: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The inverse of ``part``."""
+        stored = self.low.split(low)
+        if high is not None:
+            stored = stored | (_given(self.high).split(high) << self.low.bits)
+        return (stored - self.bias).view(dtype)
+
+    def sizes(self, count: int) -> dict[str, int]:
+        """Bytes of either part of ``count`` integers."""
+        parts = {"low": self.low, "high": self.high}
+        return {name: count * part.bits // 8 for name, part in parts.items() if part}
+
 
 @dataclass(frozen=True)
 class _Layout:
     """Where the parts of a block are; see the top of this file.
 
     Attributes:
-        parts: their names in order.
-        bias: what is added to a code before it is stored.
-        run: bytes of ``low`` that hold one run of codes.
-        high: fields per byte of ``high``, their bits, and whether the fields of one byte belong to
-            neighbours.
+        order: their names.
+        codes: how they are stored, unless as bytes.
+        sub: how sub-scales are stored that have parts of their own.
     """
 
-    parts: tuple[str, ...]
-    bias: int = 0
-    run: int = 16
-    high: tuple[int, int, bool] = (0, 0, False)
+    order: tuple[str, ...]
+    codes: _Parts = _Parts(_Fields(4, 16))
+    sub: _Parts | None = None
 
 
-_ONE_STRING, _PLANES = (8, 1, True), (8, 1, False)
+_ONE_STRING, _PLANES = _Fields(1, 1), _Fields(1, 32)
 _LAYOUTS = {
-    "Q4_0": _Layout(("d", "low"), bias=8),
+    "Q4_0": _Layout(("d", "low"), _Parts(_Fields(4, 16), bias=8)),
     "Q4_1": _Layout(("d", "m", "low")),
-    "Q5_0": _Layout(("d", "high", "low"), bias=16, high=_ONE_STRING),
-    "Q5_1": _Layout(("d", "m", "high", "low"), high=_ONE_STRING),
+    "Q5_0": _Layout(("d", "high", "low"), _Parts(_Fields(4, 16), _ONE_STRING, bias=16)),
+    "Q5_1": _Layout(("d", "m", "high", "low"), _Parts(_Fields(4, 16), _ONE_STRING)),
     "Q8_0": _Layout(("d", "codes")),
-    "Q4_K": _Layout(("d", "m", "sub", "low"), run=32),
-    "Q5_K": _Layout(("d", "m", "sub", "high", "low"), run=32, high=_PLANES),
-    "Q6_K": _Layout(("low", "high", "sub", "d"), bias=32, run=64, high=(4, 2, False)),
+    "Q3_K": _Layout(
+        ("high", "low", "sub_low", "sub_high", "d"),
+        _Parts(_Fields(2, 32), _PLANES, bias=4),
+        _Parts(_Fields(4, 8), _Fields(2, 4), bias=32),
+    ),
+    "Q4_K": _Layout(("d", "m", "sub", "low"), _Parts(_Fields(4, 32))),
+    "Q5_K": _Layout(("d", "m", "sub", "high", "low"), _Parts(_Fields(4, 32), _PLANES)),
+    "Q6_K": _Layout(("low", "high", "sub", "d"), _Parts(_Fields(4, 64), _Fields(2, 32), bias=32)),
     "IQ4_NL": _Layout(("d", "low")),
+    "IQ4_XS": _Layout(
+        ("d", "sub_high", "sub_low", "low"),
+        sub=_Parts(_Fields(4, 1), _Fields(2, 1), bias=32),
+    ),
 }
 
 
@@ -176,32 +237,34 @@ def has_plain_rounding(spec: Spec) -> bool:
 
 
 def _pack_rows(value: Quantized, scales: Tensor, type: str) -> Tensor:
-    rows, columns = value.shape
-    blocks = columns // BLOCK_TYPES[type][0]
-    layout = _LAYOUTS[type]
-    codes = value.codes.contiguous()
-    # int8 + bias wraps to just the unsigned value.
-    stored = (codes.view(torch.uint8) + layout.bias).view(rows, blocks, -1)
+    blocks = value.shape[1] // BLOCK_TYPES[type][0]
     parts = [
-        _half_bytes(scales) if name == "d" else _part(name, value, stored, layout)
-        for name in layout.parts
+        _half_bytes(scales) if name == "d" else _part(name, value, _LAYOUTS[type], blocks)
+        for name in _LAYOUTS[type].order
     ]
     return torch.cat(parts, dim=2).flatten(1)
 
 
-def _part(name: str, value: Quantized, stored: Tensor, layout: _Layout) -> Tensor:
-    """One part of every block, uint8 ``[rows, blocks, bytes]``; ``stored [rows, blocks, n]``."""
+def _part(name: str, value: Quantized, layout: _Layout, blocks: int) -> Tensor:
+    """One part of every block, uint8 ``[rows, blocks, bytes]``."""
     if name == "codes":
-        return stored
-    if name == "low":
-        return _join((stored & 15).unflatten(2, (-1, 2, layout.run)), 4)
-    if name == "high":
-        return _join(_planes(stored >> 4, layout), layout.high[1])
+        return _per_block(value.codes, blocks).view(torch.uint8)
+    if name in ("low", "high"):
+        return layout.codes.part(_per_block(value.codes, blocks), name)
     if not isinstance(value, BlockTensor):
         raise TypeError(f"{type(value).__name__} has no part {name}")
     if name == "m":
         return _half_bytes(_given(value.offsets))
-    return _pack_sub(value, stored.shape[1])
+    scales = _per_block(_given(value.sub_scales), blocks)
+    if layout.sub is not None:
+        return layout.sub.part(scales, name.removeprefix("sub_"))
+    if value.sub_mins is None:
+        return scales.view(torch.uint8)
+    return _pack_twelve(scales, _per_block(value.sub_mins, blocks))
+
+
+def _per_block(numbers: Tensor, blocks: int) -> Tensor:
+    return numbers.contiguous().unflatten(1, (blocks, -1))
 
 
 def _scale_per_block(value: Quantized, type: str) -> Tensor:
@@ -221,99 +284,65 @@ def _halves(data: Tensor) -> Tensor:
     return data.contiguous().flatten(1).view(torch.float16)
 
 
-def _join(fields: Tensor, bits: int) -> Tensor:
-    """uint8 ``[rows, blocks, runs, n, k]``, field n at bit n * bits: ``[rows, blocks, runs k]``."""
-    joined = fields[:, :, :, 0]
-    for index in range(1, fields.shape[3]):
-        joined = joined | (fields[:, :, :, index] << (index * bits))
-    return joined.flatten(2)
-
-
-def _split(data: Tensor, count: int, bits: int, run: int) -> Tensor:
-    """The inverse of ``_join``: uint8 ``[rows, blocks, runs, count, run]``."""
-    fields = data.unflatten(2, (-1, run))
-    mask = (1 << bits) - 1
-    return torch.stack([(fields >> (index * bits)) & mask for index in range(count)], dim=3)
-
-
-def _planes(high: Tensor, layout: _Layout) -> Tensor:
-    """High bits ``[rows, blocks, n]`` as the fields ``_join`` takes."""
-    count, _, neighbours = layout.high
-    if neighbours:
-        return high.unflatten(2, (1, -1, count)).transpose(3, 4)
-    return high.unflatten(2, (-1, count, 32))
-
-
-def _codes_of_planes(data: Tensor, layout: _Layout) -> Tensor:
-    """The inverse of ``_planes`` after ``_join``: ``[rows, blocks, n]``."""
-    count, bits, neighbours = layout.high
-    fields = _split(data, count, bits, data.shape[2] if neighbours else 32)
-    return (fields.transpose(3, 4) if neighbours else fields).flatten(2)
-
-
-def _pack_sub(value: BlockTensor, blocks: int) -> Tensor:
-    scales = _given(value.sub_scales).contiguous().unflatten(1, (blocks, -1))
-    if value.sub_mins is None:
-        return scales.view(torch.uint8)
-    minima = value.sub_mins.unflatten(1, (blocks, -1))
+def _pack_twelve(scales: Tensor, minima: Tensor) -> Tensor:
+    """``sub`` of Q4_K and Q5_K."""
     first = [part[:, :, :4] | ((part[:, :, 4:] >> 4) << 6) for part in (scales, minima)]
     return torch.cat([*first, (scales[:, :, 4:] & 15) | (minima[:, :, 4:] << 4)], dim=2)
 
 
-def _unpack_sub(sub: Tensor, value: BlockTensor) -> None:
-    scales = _given(value.sub_scales)
-    if value.sub_mins is None:
-        scales.copy_(sub.contiguous().view(torch.int8).flatten(1))
-        return
+def _unpack_twelve(sub: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of ``_pack_twelve``: scales and minima."""
     low = sub[:, :, 8:]
-    for target, first, rest in (
-        (scales, sub[:, :, :4], low & 15),
-        (value.sub_mins, sub[:, :, 4:8], low >> 4),
-    ):
-        target.copy_(torch.cat([first & 63, rest | ((first >> 6) << 4)], dim=2).flatten(1))
+    scales, minima = (
+        torch.cat([first & 63, rest | ((first >> 6) << 4)], dim=2)
+        for first, rest in ((sub[:, :, :4], low & 15), (sub[:, :, 4:8], low >> 4))
+    )
+    return scales, minima
 
 
 def _unpack_rows(data: Tensor, type: str, value: Quantized) -> None:
     """Fill ``value``, a view of some rows."""
-    weights, size = BLOCK_TYPES[type]
-    layout = _LAYOUTS[type]
-    parts = data.contiguous().unflatten(1, (-1, size)).split(_part_sizes(type, weights), dim=2)
-    stored = torch.zeros((*parts[0].shape[:2], weights), dtype=torch.uint8)
-    for name, part in zip(layout.parts, parts, strict=True):
-        if name == "d":
-            value.scales.copy_(_halves(part))
-        elif name == "codes":
-            stored = part
-        elif name == "low":
-            stored = stored | _split(part, 2, 4, layout.run).flatten(2)
-        elif name == "high":
-            stored = stored | (_codes_of_planes(part, layout) << 4)
-        elif isinstance(value, BlockTensor) and name == "m":
-            _given(value.offsets).copy_(_halves(part))
-        elif isinstance(value, BlockTensor):
-            _unpack_sub(part, value)
-    codes = (stored - layout.bias).flatten(1)
-    value.codes.copy_(codes.view(value.codes.dtype))
+    layout, sizes = _LAYOUTS[type], _part_sizes(type)
+    found = data.contiguous().unflatten(1, (-1, BLOCK_TYPES[type][1])).split(sizes, dim=2)
+    parts = dict(zip(layout.order, found, strict=True))
+    value.scales.copy_(_halves(parts["d"]))
+    value.codes.copy_(_codes(parts, layout, value.codes.dtype).flatten(1))
+    if isinstance(value, BlockTensor):
+        if value.offsets is not None:
+            value.offsets.copy_(_halves(parts["m"]))
+        if value.sub_scales is not None:
+            _unpack_sub(parts, layout, value)
 
 
-def _part_sizes(type: str, weights: int) -> list[int]:
-    layout = _LAYOUTS[type]
-    _, bits, _ = layout.high
-    sub = 0 if type not in BLOCK_GRIDS else _sub_bytes(type)
-    sizes = {
-        "d": 2,
-        "m": 2,
-        "codes": weights,
-        "low": weights // 2,
-        "high": weights * bits // 8,
-        "sub": sub,
-    }
-    return [sizes[name] for name in layout.parts]
+def _codes(parts: dict[str, Tensor], layout: _Layout, dtype: torch.dtype) -> Tensor:
+    if "codes" in parts:
+        return parts["codes"].contiguous().view(dtype)
+    return layout.codes.values(parts["low"], parts.get("high"), dtype)
 
 
-def _sub_bytes(type: str) -> int:
-    grid, weights = BLOCK_GRIDS[type], BLOCK_TYPES[type][0]
-    return weights // grid.sub_group * grid.sub_bits * (1 if grid.symmetric else 2) // 8
+def _unpack_sub(parts: dict[str, Tensor], layout: _Layout, value: BlockTensor) -> None:
+    target = _given(value.sub_scales)
+    if layout.sub is not None:
+        scales = layout.sub.values(parts["sub_low"], parts["sub_high"], target.dtype)
+    elif value.sub_mins is None:
+        scales = parts["sub"].contiguous().view(target.dtype)
+    else:
+        scales, minima = _unpack_twelve(parts["sub"])
+        value.sub_mins.copy_(minima.flatten(1))
+    target.copy_(scales.flatten(1))
+
+
+def _part_sizes(type: str) -> list[int]:
+    """Bytes of the parts of a block in their order."""
+    layout, weights = _LAYOUTS[type], BLOCK_TYPES[type][0]
+    sizes = {"d": 2, "m": 2, "codes": weights, **layout.codes.sizes(weights)}
+    if type in BLOCK_GRIDS:
+        grid = BLOCK_GRIDS[type]
+        count = weights // grid.sub_group
+        sizes["sub"] = count * grid.sub_bits * (1 if grid.symmetric else 2) // 8
+        if layout.sub is not None:
+            sizes |= {f"sub_{name}": size for name, size in layout.sub.sizes(count).items()}
+    return [sizes[name] for name in layout.order]
 
 
 def empty(spec: Spec, rows: int, columns: int) -> Quantized:
@@ -323,27 +352,28 @@ def empty(spec: Spec, rows: int, columns: int) -> Quantized:
         scales = torch.empty((rows, spec.groups(columns)), dtype=torch.float16)
         return QuantTensor(codes, scales, None, spec)
     grid = spec.grid
-    signed = torch.int8 if spec.type == "Q6_K" else torch.uint8
     per_block, per_group = columns // spec.group_size, columns // grid.sub_group
 
     def empty(wanted: bool, count: int, dtype: torch.dtype) -> Tensor | None:
         return torch.empty((rows, count), dtype=dtype) if wanted else None
 
     return BlockTensor(
-        codes=torch.empty((rows, columns), dtype=signed),
+        codes=torch.empty((rows, columns), dtype=torch.int8 if grid.signed else torch.uint8),
         scales=torch.empty((rows, per_block), dtype=torch.float16),
         offsets=empty(not grid.symmetric, per_block, torch.float16),
-        sub_scales=empty(grid.sub_bits > 0, per_group, signed),
+        sub_scales=empty(
+            grid.sub_bits > 0, per_group, torch.int8 if grid.symmetric else torch.uint8
+        ),
         sub_mins=empty(grid.sub_bits > 0 and not grid.symmetric, per_group, torch.uint8),
         spec=spec,
     )
 
 
-def _given(tensor: Tensor | None) -> Tensor:
-    """A tensor the type is known to have."""
-    if tensor is None:
+def _given(part: _T | None) -> _T:
+    """Something the type is known to have."""
+    if part is None:
         raise TypeError("a part of a block is missing")
-    return tensor
+    return part
 
 
 # ---- plain rounding ---------------------------------------------------------------------------

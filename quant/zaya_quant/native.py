@@ -25,7 +25,7 @@ from zaya_quant.affine import RowErrors
 from zaya_quant.qtensor import SCALE_DTYPES, BlockTensor, Quantized, QuantTensor
 from zaya_quant.spec import BLOCK_TYPES, QuantSpec
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _NAMES = ("libzaya_quant.so", "libzaya_quant.dylib", "zaya_quant.dll")
 ISAS = ("base", "avx2", "avx512")
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

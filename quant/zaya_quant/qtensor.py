@@ -84,7 +84,7 @@ class QuantTensor:
             _in_range("zeros", self.zeros, self.spec)
 
 
-# values of IQ4_NL's codes: ggml's kvalues_iq4nl
+# values of the codes of IQ4_NL and IQ4_XS: ggml's kvalues_iq4nl
 IQ4_NL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -94,16 +94,19 @@ class BlockTensor:
 
     ::
 
-        codes       [out, in]        uint8, 0 .. 2^bits - 1; for Q6_K int8, -32 .. 31
-        scales      [out, blocks]    float16: d
-        offsets     [out, blocks]    float16: dmin (K-quants) or m (Q4_1, Q5_1); None if symmetric
-        sub_scales  [out, groups]    uint8, 0..63 (Q4_K, Q5_K), or int8 (Q6_K); else None
-        sub_mins    [out, groups]    uint8, 0..63 (Q4_K, Q5_K); else None
+                codes     offsets  sub_scales  sub_mins  value
+        Q4_1    0..15     m                              d code + m
+        Q5_1    0..31     m                              d code + m
+        Q3_K    -4..3              -32..31               (d sub_scale) code
+        Q4_K    0..15     dmin     0..63       0..63     (d sub_scale) code - (dmin sub_min)
+        Q5_K    0..31     dmin     0..63       0..63     (d sub_scale) code - (dmin sub_min)
+        Q6_K    -32..31            -128..127             (d sub_scale) code
+        IQ4_NL  0..15                                    d IQ4_NL_LEVELS[code]
+        IQ4_XS  0..15              -32..31               (d sub_scale) IQ4_NL_LEVELS[code]
 
-        Q4_1, Q5_1    value = d code + m
-        Q4_K, Q5_K    value = (d sub_scale) code - (dmin sub_min)
-        Q6_K          value = (d sub_scale) code
-        IQ4_NL        value = d IQ4_NL_LEVELS[code]
+    ``codes [out, in]``, ``sub_scales`` and ``sub_mins [out, groups]`` are int8 where they may be
+    negative, else uint8; ``scales`` (d) and ``offsets [out, blocks]`` are float16.  What a type
+    does not have is None.
 
     Computed in float32, every product and difference rounded, as ggml and the gguf package do.
     """
@@ -117,8 +120,7 @@ class BlockTensor:
 
     def __post_init__(self) -> None:
         grid = self.spec.grid
-        signed = self.spec.type == "Q6_K"
-        _expect("codes", self.codes, torch.int8 if signed else torch.uint8, None)
+        _expect("codes", self.codes, torch.int8 if grid.signed else torch.uint8, None)
         rows, columns = self.codes.shape
         size = BLOCK_TYPES[self.spec.type][0]
         if columns % size:
@@ -128,7 +130,7 @@ class BlockTensor:
         for name, tensor, wanted, dtype, shape in (
             ("offsets", self.offsets, not grid.symmetric, torch.float16, per_block),
             ("sub_scales", self.sub_scales, grid.sub_bits > 0,
-             torch.int8 if signed else torch.uint8, per_group),
+             torch.int8 if grid.symmetric else torch.uint8, per_group),
             ("sub_mins", self.sub_mins, grid.sub_bits > 0 and not grid.symmetric, torch.uint8,
              per_group),
         ):  # fmt: skip
@@ -183,11 +185,11 @@ class BlockTensor:
 
     def validate_codes(self) -> None:
         """Raise ValueError when a code or a sub-group's integer lies outside its range."""
-        low, high = (-32, 31) if self.spec.type == "Q6_K" else (0, (1 << self.spec.bits) - 1)
-        _within("codes", self.codes, low, high)
-        if self.sub_mins is not None and self.sub_scales is not None:
-            _within("sub_scales", self.sub_scales, 0, 63)
-            _within("sub_mins", self.sub_mins, 0, 63)
+        grid = self.spec.grid
+        _within("codes", self.codes, *grid.code_range)
+        for name, tensor in (("sub_scales", self.sub_scales), ("sub_mins", self.sub_mins)):
+            if tensor is not None:
+                _within(name, tensor, *grid.sub_range)
 
     def _per_group(self, per_block: Tensor) -> Tensor:
         size, length = BLOCK_TYPES[self.spec.type][0], self.spec.grid.sub_group

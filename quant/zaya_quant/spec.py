@@ -27,7 +27,8 @@ SCALE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 # ggml block types by name: weights per block, bytes per block (ggml-common.h).
 BLOCK_TYPES = {
     "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
-    "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_NL": (32, 18),
+    "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+    "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
 }  # fmt: skip
 
 
@@ -137,14 +138,36 @@ class BlockGrid:
     sub_bits: int = 0
     codebook: bool = False
 
+    @property
+    def signed(self) -> bool:
+        """Codes may be negative."""
+        return self.symmetric and not self.codebook
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """The smallest and the largest code."""
+        return _range(self.bits, self.signed)
+
+    @property
+    def sub_range(self) -> tuple[int, int]:
+        """The smallest and the largest integer of a sub-group, which is signed if symmetric."""
+        return _range(self.sub_bits, self.symmetric)
+
+
+def _range(bits: int, signed: bool) -> tuple[int, int]:
+    low = -(1 << (bits - 1)) if signed else 0
+    return low, low + (1 << bits) - 1
+
 
 BLOCK_GRIDS = {
     "Q4_1": BlockGrid(4, 32),
     "Q5_1": BlockGrid(5, 32),
+    "Q3_K": BlockGrid(3, 16, symmetric=True, sub_bits=6),
     "Q4_K": BlockGrid(4, 32, sub_bits=6),
     "Q5_K": BlockGrid(5, 32, sub_bits=6),
     "Q6_K": BlockGrid(6, 16, symmetric=True, sub_bits=8),
     "IQ4_NL": BlockGrid(4, 32, symmetric=True, codebook=True),
+    "IQ4_XS": BlockGrid(4, 32, symmetric=True, sub_bits=6, codebook=True),
 }
 
 
@@ -200,7 +223,9 @@ CANONICAL = {"Q4_0": QuantSpec(4, 32), "Q5_0": QuantSpec(5, 32), "Q8_0": QuantSp
 
 
 # What llama.cpp takes where rows are no whole number of a type's blocks.
-_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_FALLBACK = {
+    "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL",
+}  # fmt: skip
 
 
 def fitting(spec: Spec, columns: int) -> Spec:

@@ -19,7 +19,7 @@ from zaya_convert.errors import InputError
 from zaya_convert.gguf_header import read_gguf, read_gguf_set
 
 U8, BOOL, STR, ARRAY = 0, 7, 8, 9
-F32, F16, Q4_0, Q2_K, Q3_K, Q4_K, MXFP4 = 0, 1, 2, 10, 11, 12, 39
+F32, F16, Q4_0, Q2_K, Q4_K, IQ2_XS, MXFP4 = 0, 1, 2, 10, 12, 17, 39
 HUGE = (1 << 64) - 1
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS, MEMORY = 1, 100 << 20
@@ -214,11 +214,11 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         "tensor 'a' has rows of 48 values; Q4_0 needs a multiple of 32",
     ),
     "part of a super-block": (gguf([], [tensor("a", [128, 2], Q4_K)], 144), "multiple of 256"),
-    "Q3_K": (
-        gguf([], [tensor("a", [256], Q3_K)], 110),
-        "tensor 'a' is Q3_K, which is not supported; supported: F32, F16, Q4_0",
+    "Q2_K": (
+        gguf([], [tensor("a", [256], Q2_K)], 84),
+        "tensor 'a' is Q2_K, which is not supported; supported: F32, F16, Q4_0",
     ),
-    "Q2_K": (gguf([], [tensor("a", [256], Q2_K)], 84), "tensor 'a' is Q2_K, which is not"),
+    "IQ2_XS": (gguf([], [tensor("a", [256], IQ2_XS)], 74), "tensor 'a' is IQ2_XS, which is not"),
     "MXFP4": (gguf([], [tensor("a", [32], MXFP4)], 17), "tensor 'a' is MXFP4, which is not"),
     "type removed from the format": (gguf([], [tensor("a", [32], 4)], 20), "'a' is Q4_2, which"),
     "unknown type": (gguf([], [tensor("a", [32], 4242)], 32), "is of the unknown type 4242"),

@@ -10,7 +10,7 @@ from zaya_quant import blocks, native
 from zaya_quant.block_search import quantize_blocks, quantize_natively
 from zaya_quant.methods import rtn
 from zaya_quant.metrics import sqnr_db
-from zaya_quant.qtensor import BlockTensor, Quantized
+from zaya_quant.qtensor import IQ4_NL_LEVELS, BlockTensor, Quantized
 from zaya_quant.spec import BLOCK_GRIDS, BLOCK_TYPES, BlockSpec, spec_of_type
 
 needs_native = pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
@@ -112,6 +112,23 @@ def test_a_large_weight_nobody_looks_at_may_become_zero(type):
     assert torch.isfinite(found.dequantize()).all()
     for isa in native.supported_isas():
         assert same(quantize_natively(weight, BlockSpec(type), importance, isa), found)
+
+
+@pytest.mark.parametrize("type", [type for type, grid in BLOCK_GRIDS.items() if grid.codebook])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_halfway_between_two_levels_the_lower_is_taken(type, sign):
+    """All levels, which count and so make the step 1, and all middles, which do not."""
+    levels = torch.tensor(IQ4_NL_LEVELS, dtype=torch.float32)
+    run = torch.cat([levels, (levels[1:] + levels[:-1]) / 2, torch.zeros(1)])
+    count = WHOLE // len(run)
+    weight = sign * run.repeat(1, count)
+    importance = torch.tensor([1.0] * 16 + [0.0] * 16).repeat(count)
+    found = quantize_blocks(weight, BlockSpec(type), importance)
+    expected = torch.tensor([*range(16), *range(15), IQ4_NL_LEVELS.index(1)]).repeat(1, count)
+    assert bool((found.steps() == sign).all())
+    assert torch.equal(found.codes.long(), expected)
+    for isa in native.supported_isas():
+        assert same(quantize_natively(weight, BlockSpec(type), importance, isa), found), isa
 
 
 @needs_native

@@ -26,6 +26,7 @@ SPECS = [
     BlockSpec("Q4_K"),
     BlockSpec("Q6_K"),
     BlockSpec("IQ4_NL"),
+    BlockSpec("IQ4_XS"),
 ]
 every_method = pytest.mark.parametrize("name", METHODS)
 # all but plain rounding itself

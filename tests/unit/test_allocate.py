@@ -303,7 +303,7 @@ def test_finer_grids_cost_less(bundled: Path, bundled_stats: Stats) -> None:
             assert bool((costs[by_bits].diff() < 0).all()), info.key
             assert bool((costs > 0).all())
     affine = [i for i, spec in enumerate(GRIDS) if isinstance(spec, QuantSpec)]
-    supers = [GRIDS.index(BlockSpec(name)) for name in ("Q4_K", "Q5_K", "Q6_K")]
+    supers = [GRIDS.index(BlockSpec(name)) for name in ("Q3_K", "Q4_K", "Q5_K", "Q6_K")]
     for grids in (affine, supers):  # each from the coarsest to the finest
         assert bool((total[grids].diff() < 0).all())
 

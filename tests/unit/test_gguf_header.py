@@ -342,7 +342,7 @@ REFUSED: dict[str, tuple[list[Entry], Listing, int, str]] = {
     "NUL in a name": ([], [("a\0", "F32", (8,), 0)], 32, "unprintable"),
     "surrogate in a name": ([], [("\ud800", "F32", (8,), 0)], 32, "unprintable"),
     "tensor twice": ([], [*F32, ("a", "F32", (8,), 32)], 32, "'a' is twice"),
-    "type not supported": ([], [("a", "Q3_K", (256,), 0)], 32, "Q3_K, which is not supported"),
+    "type not supported": ([], [("a", "Q2_K", (256,), 0)], 32, "Q2_K, which is not supported"),
     "scalar": ([], [("a", "F32", (), 0)], 32, "0 dimensions"),
     "five dimensions": ([], [("a", "F32", (1,) * 5, 0)], 32, "5 dimensions"),
     "empty": ([], [("a", "F32", (0, 8), 0)], 32, "empty dimension"),

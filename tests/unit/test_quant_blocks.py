@@ -19,6 +19,7 @@ from zaya_quant.spec import (
     CANONICAL,
     BlockSpec,
     QuantSpec,
+    fitting,
     holding_type,
     spec_of_type,
 )
@@ -56,6 +57,8 @@ NIBBLES = bytes(j * 0x11 for j in range(16)).hex()  # u = 0..15 in both halves
 SUB_SCALES = (1, 2, 3, 4, 0b010001, 0b100010, 0b110011, 0b111111)
 SUB_MINS = (5, 6, 7, 8, 0b010010, 0b100001, 0b110010, 0b111110)
 SUB_BYTES = "4182c3c44586c7c8211223ef"
+# + 32: low bits 0 .. 15, those above 0 1 2 3  1 2 3 0  2 3 0 1  3 0 1 2
+SIXTEEN_SCALES = [j + 16 * ((j + j // 4) % 4) - 32 for j in range(16)]
 
 
 def halves(*values: float) -> torch.Tensor:
@@ -72,7 +75,7 @@ def canonical(type: str, codes: object, scale: float) -> QuantTensor:
 
 def block(type: str, codes: object, scale: float, *rest: torch.Tensor | None) -> BlockTensor:
     """``rest``: offsets, sub_scales, sub_mins."""
-    dtype = torch.int8 if type == "Q6_K" else torch.uint8
+    dtype = torch.int8 if BLOCK_GRIDS[type].signed else torch.uint8
     offsets, scales, minima = (*rest, None, None, None)[:3]
     return BlockTensor(row(codes, dtype), halves(scale), offsets, scales, minima, BlockSpec(type))
 
@@ -99,6 +102,12 @@ BY_HAND: dict[str, tuple[Quantized, str]] = {
         canonical("Q8_0", range(-16, 16), 1.0),
         HALF[1.0] + bytes([*range(240, 256), *range(16)]).hex(),
     ),
+    # u of the eight 32s: low bits 0 1 2 3 and 3 2 1 0, high ones 0 1 0 1 1 0 1 0, upwards
+    "Q3_K": (
+        block("Q3_K", by_group((u - 4 for u in (0, 5, 2, 7, 7, 2, 5, 0)), 32), 1.0, None,
+              row(SIXTEEN_SCALES, torch.int8)),
+        "5a" * 32 + "e4" * 32 + "1b" * 32 + "8091a2b3c4d5e6f7" + "e4394e93" + HALF[1.0],
+    ),
     # all codes of sub-group g are g; two sub-groups share 32 bytes
     "Q4_K": (
         block("Q4_K", by_group(range(8), 32), 0.5, halves(1.0), *SIX),
@@ -118,6 +127,12 @@ BY_HAND: dict[str, tuple[Quantized, str]] = {
         + "f8f9fafbfcfdfeff0001020304050607" + HALF[1.0],
     ),
     "IQ4_NL": (block("IQ4_NL", [*range(16)] * 2, 1.0), HALF[1.0] + NIBBLES),
+    # sub_scale + 32: low bits 8 .. 15, those above 3 0 1 2 2 1 0 3
+    "IQ4_XS": (
+        block("IQ4_XS", [*range(16)] * 16, 0.5, None,
+              row((24, -23, -6, 11, 12, -3, -18, 31), torch.int8)),
+        HALF[0.5] + "93c6" + "98badcfe" + NIBBLES * 8,
+    ),
 }  # fmt: skip
 
 
@@ -143,7 +158,10 @@ def test_values_by_hand():
     assert values["Q4_K"][[32, 224]].tolist() == [0.5 * 2 * 1 - 6, 0.5 * 63 * 7 - 62]
     assert values["Q5_K"][[32, 224]].tolist() == [0.5 * 2 * 17 - 6, 0.5 * 63 * 23 - 62]
     assert values["Q6_K"][[0, 255]].tolist() == [-8 * -32, 7 * (16 * 3 + 4 + 3 - 32)]
+    assert values["Q3_K"][[0, 255]].tolist() == [-32 * -4, 15 * -4]
     assert values["IQ4_NL"][:16].tolist() == list(IQ4_NL_LEVELS)
+    assert values["IQ4_XS"][:16].tolist() == [0.5 * 24 * level for level in IQ4_NL_LEVELS]
+    assert values["IQ4_XS"][255] == 0.5 * 31 * 113
 
 
 # ---- against the gguf package -------------------------------------------------------------------
@@ -255,6 +273,16 @@ def test_which_type_holds_a_grid(spec, columns, expected):
     assert torch.equal(held.dequantize(), value.dequantize())
 
 
+@pytest.mark.parametrize("type", BLOCK_GRIDS)
+def test_rows_of_broken_super_blocks_get_another_type(type):
+    spec = BlockSpec(type)
+    assert fitting(spec, 512) == spec
+    other = fitting(spec, 288)
+    assert holding_type(other, 288) == other.ggml_type
+    assert (other == spec) is (spec.group_size == 32)
+    assert other.bits >= spec.bits
+
+
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_plain_rounding_of_other_grids(bits, symmetric):
@@ -278,7 +306,7 @@ def test_plain_rounding_of_other_grids(bits, symmetric):
 def test_what_a_grid_holds_is_found_exactly():
     for type in BLOCK_GRIDS:
         value, _ = BY_HAND[type]
-        if type in ("Q4_K", "Q5_K", "Q6_K"):
+        if BLOCK_GRIDS[type].sub_bits:
             continue  # constant sub-groups leave open how they are written
         assert torch.equal(rtn.quantize(value.dequantize(), value.spec).dequantize(),
                            value.dequantize())  # fmt: skip
@@ -381,6 +409,9 @@ def test_codes_out_of_range_are_refused():
         blocks.pack(block("Q5_1", [32] + [0] * 31, 1.0, halves(0.0)))
     with pytest.raises(ValueError, match=r"codes span -33\.\.0; allowed: -32\.\.31"):
         blocks.pack(block("Q6_K", [-33] + [0] * 255, 1.0, None, row([0] * 16, torch.int8)))
+    wide = row([-33] + [0] * 15, torch.int8)
+    with pytest.raises(ValueError, match=r"sub_scales span -33\.\.0; allowed: -32\.\.31"):
+        blocks.pack(block("Q3_K", [0] * 256, 1.0, None, wide))
     wrong = row([64] + [0] * 7, torch.uint8)
     with pytest.raises(ValueError, match=r"sub_mins span 0\.\.64; allowed: 0\.\.63"):
         blocks.pack(block("Q4_K", [0] * 256, 1.0, halves(0.0), SIX[0], wrong))
@@ -392,10 +423,10 @@ def test_wrong_bytes_are_refused():
             ValueError, match="expected uint8 rows of whole Q4_0 blocks of 18 bytes"
         ):
             blocks.unpack(data, "Q4_0")
-    with pytest.raises(ValueError, match="no block type 'Q3_K'"):
-        blocks.unpack(torch.zeros(1, 18, dtype=torch.uint8), "Q3_K")
-    with pytest.raises(ValueError, match="no block type 'Q3_K'"):
-        blocks.row_bytes("Q3_K", 256)
+    with pytest.raises(ValueError, match="no block type 'Q2_K'"):
+        blocks.unpack(torch.zeros(1, 18, dtype=torch.uint8), "Q2_K")
+    with pytest.raises(ValueError, match="no block type 'Q2_K'"):
+        blocks.row_bytes("Q2_K", 256)
     assert blocks.row_bytes("Q6_K", 512) == 420
 
 

@@ -30,8 +30,8 @@ _DIGEST_LENGTH = 64
 
 # llama.cpp's numbers for the type that most of a file has (llama.h, llama_ftype).
 _FILE_TYPES = {
-    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K": 14,
-    "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "BF16": 32,
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q3_K": 11,
+    "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
 }  # fmt: skip
 _FILE_TYPES_MIXED = {"q4_k_m": 15, "q5_k_m": 17}
 
