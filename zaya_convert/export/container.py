@@ -71,6 +71,7 @@ class PlannedFiles:
         for index, file in enumerate(files):
             for array, offset in zip(file.arrays, file.offsets, strict=True):
                 self._place[array.name] = (index, file.data_start + offset)
+            (folder / file.name).parent.mkdir(exist_ok=True)
             descriptor = os.open(folder / file.name, os.O_RDWR | os.O_CREAT, 0o666)
             self.descriptors.append(descriptor)
             os.ftruncate(descriptor, file.size)
@@ -92,7 +93,10 @@ class PlannedFiles:
     def write(self, region: Region, data: memoryview | bytes | bytearray, offset: int = 0) -> None:
         """Write bytes of a region, beginning ``offset`` bytes into it. Safe from any thread."""
         file, start = self._place[region.array.name]
-        self.write_at(file, start + region.offset + offset, data)
+        view = memoryview(data)
+        for position, count in region.runs(offset, len(view)):
+            self.write_at(file, start + position, view[:count])
+            view = view[count:]
 
     def write_at(self, file: int, position: int, data: memoryview | bytes | bytearray) -> None:
         """Write bytes at a position of a file."""
@@ -105,8 +109,8 @@ class PlannedFiles:
         """Read a region back, in pieces of at most ``size`` bytes."""
         file, start = self._place[region.array.name]
         for offset in range(0, region.bytes, size):
-            count = min(size, region.bytes - offset)
-            yield os.pread(self.descriptors[file], count, start + region.offset + offset)
+            runs = region.runs(offset, min(size, region.bytes - offset))
+            yield b"".join(os.pread(self.descriptors[file], n, start + at) for at, n in runs)
 
     def close(self) -> None:
         """Close the files."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from zaya_convert import __version__
 from zaya_convert.card import kept_metadata
-from zaya_convert.config import ModelConfig
+from zaya_convert.config import MAX_EXPERTS, MAX_LAYERS, ModelConfig
 from zaya_convert.errors import InputError
 from zaya_convert.export.container import Outcome
 from zaya_convert.export.gguf.names import Dialect
@@ -73,59 +73,67 @@ def read_config(header: GgufHeader, dialect: Dialect, vocab_rows: int, tied: boo
     Raises:
         InputError: keys that are missing or absurd, all of them.
     """
-    found = _Keys(header.metadata)
-    blocks = found.integer("block_count")
-    layers = blocks // 2 if dialect.halves else blocks
-    if dialect.halves and blocks % 2:
-        found.problems.append(f"zaya.block_count is {blocks}, expected an even number")
+    data, found = header.metadata, _Keys(header.metadata)
+    layers = _layers(found, dialect)
     hidden, heads = found.integer("embedding_length"), found.integer("attention.head_count")
     head_dim = found.integer("attention.key_length", hidden // max(heads, 1))
-    window = found.integer("attention.sliding_window", 0, low=0)
-    pattern = header.metadata.get("zaya.attention.sliding_window_pattern")
-    if not isinstance(pattern, list) or len(pattern) != layers:
-        pattern = [i % 2 == 0 for i in range(layers)]
-    windows = tuple(window if slides else 0 for slides in pattern)
+    windows = _windows(found, layers)
     theta = found.number("rope.freq_base", 1e4)
     sliding = found.number("rope.freq_base_swa", theta)
     eps = "attention.layer_norm_rms_epsilon"
-    tokens = header.metadata
     taps = found.integer("ssm.conv_kernel", 2)
+    stop = (_token(data, name) for name in ("eos_token_id", "eot_token_id"))
     config = ModelConfig(
         layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=found.integer("attention.head_count_kv", heads),
         head_dim=head_dim,
-        experts=found.integer("expert_count", high=4096),
+        experts=found.integer("expert_count", high=MAX_EXPERTS),
         expert_width=found.integer("feed_forward_length"),
         router_width=found.integer("expert_feed_forward_length", 256),
         vocab_rows=vocab_rows,
         conv_taps=(taps, taps),
         windows=windows,
-        rope_thetas=tuple(sliding if w else theta for w in windows),
+        rope_thetas=tuple(sliding if window else theta for window in windows),
         rotary_dim=found.integer("rope.dimension_count", head_dim),
-        eps=found.number(eps if "zaya." + eps in tokens else "attention.layer_norm_epsilon", 1e-5),
+        eps=found.number(eps if "zaya." + eps in data else "attention.layer_norm_epsilon", 1e-5),
         max_positions=found.integer("context_length", 131072),
         tied=tied,
-        pad_id=_token(tokens, "padding_token_id"),
-        bos_id=_token(tokens, "bos_token_id"),
-        eos_ids=tuple(
-            dict.fromkeys(
-                i
-                for name in ("eos_token_id", "eot_token_id")
-                if (i := _token(tokens, name)) is not None
-            )
-        ),
+        pad_id=_token(data, "padding_token_id"),
+        bos_id=_token(data, "bos_token_id"),
+        eos_ids=tuple(dict.fromkeys(token for token in stop if token is not None)),
     )
     if found.integer("expert_used_count", 1) != 1:
         found.problems.append("zaya.expert_used_count must be 1")
     if config.heads % config.kv_heads or config.rotary_dim % 2 or config.rotary_dim > head_dim:
         found.problems.append("heads, key-value heads and rotary width do not fit together")
-    if not 0 < layers <= 10_000:
-        found.problems.append(f"zaya.block_count is {blocks}")
     if found.problems:
         raise InputError(found.problems, "metadata")
     return config
+
+
+def _layers(found: _Keys, dialect: Dialect) -> int:
+    """Whole layers, at least one; complaints go to ``found``."""
+    halves = 2 if dialect.halves else 1
+    blocks = found.integer("block_count", low=halves, high=halves * MAX_LAYERS)
+    if blocks % halves:
+        found.problems.append(f"zaya.block_count is {blocks}, expected an even number")
+    return blocks // halves
+
+
+def _windows(found: _Keys, layers: int) -> tuple[int, ...]:
+    """The window of every layer; a period n means n - 1 sliding layers, then a full one."""
+    window = found.integer("attention.sliding_window", 0, low=0)
+    pattern = found.metadata.get("zaya.attention.sliding_window_pattern", 2)
+    if type(pattern) is int:
+        pattern = [pattern == 0 or i % pattern < pattern - 1 for i in range(layers)]
+    if not isinstance(pattern, list) or len(pattern) != layers:
+        found.problems.append(
+            f"zaya.attention.sliding_window_pattern must be a period or hold {layers} values"
+        )
+        return (0,) * layers
+    return tuple(window if slides else 0 for slides in pattern)
 
 
 def general_entries(plan: Plan) -> list[Entry]:
@@ -271,13 +279,13 @@ class _Keys:
     """Typed access to a file's ``zaya.`` keys; complaints are collected."""
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
-        self._metadata = metadata
+        self.metadata = metadata
         self.problems: list[str] = []
 
     def integer(
         self, key: str, default: int | None = None, low: int = 1, high: int = 1 << 31
     ) -> int:
-        value = self._metadata.get("zaya." + key, default)
+        value = self.metadata.get("zaya." + key, default)
         if isinstance(value, list) and value and all(v == value[0] for v in value):
             value = value[0]  # some writers repeat a figure for every block
         if type(value) is int and low <= value <= high:
@@ -287,7 +295,7 @@ class _Keys:
         return low
 
     def number(self, key: str, default: float) -> float:
-        value = self._metadata.get("zaya." + key, default)
+        value = self.metadata.get("zaya." + key, default)
         if isinstance(value, int | float) and value is not True and 0 < value < 1e12:
             return float(f"{value:.7g}")  # fp32's 9.9999997e-06 is meant to be 1e-05
         self.problems.append(f"zaya.{key} is {value!r}, expected a positive number")

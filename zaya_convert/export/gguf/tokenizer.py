@@ -36,6 +36,7 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SPLITS = {"gpt-2": "", "llama-bpe": _LLAMA3, "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")}
+_WHOLE_WORDS_FIRST = ("llama-bpe",)  # a word that is a token is not merged together
 
 
 def entries(files: Files, config: ModelConfig) -> tuple[list[Entry], str]:
@@ -45,6 +46,15 @@ def entries(files: Files, config: ModelConfig) -> tuple[list[Entry], str]:
         InputError: the tokenizer has more tokens than the model has rows, or is damaged.
     """
     raw = tokenizer_files.read(files, "tokenizer.json")
+    try:
+        return _entries(raw, files, config)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"is damaged ({type(error).__name__}: {error})", "tokenizer.json"
+        ) from None
+
+
+def _entries(raw: Mapping[str, Any], files: Files, config: ModelConfig) -> tuple[list[Entry], str]:
     kind, split, reason = _kind(raw)
     if reason:
         return [("tokenizer.ggml.model", "str", "none")], reason
@@ -109,17 +119,17 @@ def _kind(raw: Mapping[str, Any]) -> tuple[str, str, str]:
     steps = _steps(raw.get("normalizer"))
     splits = _steps(raw.get("pre_tokenizer"))
     if any(step.get("type") == "ByteLevel" for step in splits):
-        return _byte_level(steps, splits)
+        return _byte_level(steps, splits, _whole_words(model))
     replaces = [step for step in steps if step.get("type") == "Replace"]
     spaces = [r for r in replaces if r.get("pattern") == {"String": " "} and r["content"] == _SPACE]
-    harmless = all(step.get("type") == "Split" for step in splits)
+    harmless = all(step.get("type") == "Split" for step in splits) and not _whole_words(model)
     if not model.get("byte_fallback") or len(spaces) != len(steps) or not spaces or not harmless:
         return "", "", "its tokenizer is neither byte-fallback nor byte-level BPE"
     return "gemma4", "", ""
 
 
 def _byte_level(
-    steps: Sequence[Mapping[str, Any]], splits: Sequence[Mapping[str, Any]]
+    steps: Sequence[Mapping[str, Any]], splits: Sequence[Mapping[str, Any]], whole_words: bool
 ) -> tuple[str, str, str]:
     last = splits[-1]
     if len(splits) == 1 and last.get("use_regex", True):
@@ -128,10 +138,18 @@ def _byte_level(
         pattern = str(splits[0].get("pattern", {}).get("Regex"))
     else:
         pattern = "?"
-    names = [name for name, known in _SPLITS.items() if known == pattern]
+    names = [
+        name
+        for name, known in _SPLITS.items()
+        if known == pattern and (name in _WHOLE_WORDS_FIRST) == whole_words
+    ]
     if steps or last.get("add_prefix_space") or not names:
         return "", "", "llama.cpp has no name for how its tokenizer splits words"
     return "gpt2", names[0], ""
+
+
+def _whole_words(model: Mapping[str, Any]) -> bool:
+    return bool(model.get("ignore_merges"))
 
 
 def _tokens(raw: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
@@ -147,6 +165,8 @@ def _tokens(raw: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
     unknown = model["vocab"].get(model.get("unk_token"))
     if unknown is not None:
         types[unknown] = UNKNOWN
+    if not all(type(i) is int and i >= 0 and isinstance(text, str) for i, text in texts.items()):
+        raise ValueError("token ids are not whole numbers, or texts no text")
     largest = max(texts, default=-1)
     if largest >= rows:
         raise InputError(
@@ -162,7 +182,8 @@ def _tokens(raw: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
 
 
 def _merges(merges: Sequence[Any]) -> list[str]:
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges)
+    return [f"{left} {right}" for left, right in pairs]
 
 
 def _special_ids(files: Files, config: ModelConfig, texts: Sequence[str]) -> list[Entry]:
@@ -242,7 +263,7 @@ def _tokenizer(
             "end_of_word_suffix": None,
             "fuse_unk": gemma,
             "byte_fallback": gemma,
-            "ignore_merges": False,
+            "ignore_merges": not gemma and split in _WHOLE_WORDS_FIRST,
             "vocab": {text: i for i, text, _ in real},
             # Split at the first space that is not the beginning, as llama.cpp does.
             "merges": [[m[: m.find(" ", 1)], m[m.find(" ", 1) + 1 :]] for m in merges],
