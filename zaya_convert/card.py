@@ -29,6 +29,30 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")
 ```""",
+    "onnx": """Loads in transformers.js (from 4.3), onnxruntime-genai (from 0.18) and onnxruntime
+(from 1.25.1):
+
+```js
+import { AutoModelForCausalLM } from "@huggingface/transformers";
+
+const model = await AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER");
+```
+
+```python
+import onnxruntime_genai
+
+model = onnxruntime_genai.Model("PATH_TO_THIS_FOLDER")
+```""",
+    "gguf": """For builds of llama.cpp that know ZAYA1, such as kmbandy/llama.cpp, branch
+feat/zaya1-cca; no release does, and other forks read other dialects:
+
+```sh
+llama-cli -m PATH_TO_THIS_FOLDER/model.gguf
+```""",
+    "gguf-combined40": """For builds of llama.cpp that know ZAYA1 as 1bit-MONSTER/llama.cpp does; no
+release does, and other forks read other dialects.""",
+    "gguf-yggdrasil": """For builds of llama.cpp that know ZAYA1 as jimbothigpen/llama.cpp does; no
+release does, and other forks read other dialects.""",
     "dense": """Dequantized bf16 weights in the original layout: loads wherever ZAYA1 does.""",
 }
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def _run_steps(plan: Plan, place: Workspace, threads: int, progress: Progress) -
         # Here, because an interrupted run may have left them when all steps were finished.
         for folder in (_WALK, f"{_WALK}.new", _STREAMS):
             shutil.rmtree(place.partial / folder, ignore_errors=True)
-    except InputError:
+    except (InputError, UsageError):
         place.discard()
         raise
     finally:
@@ -344,9 +344,8 @@ def _digests(files: PlannedFiles, step: Step) -> list[str]:
 
 def _source_digest(plan: Plan, records: dict[str, Record]) -> str:
     """Of the float model; an artifact passes on the digest of what it was made from."""
-    inherited = plan.source.manifest.get("source", {}).get("digest")
-    if inherited or any(info.spec for info in plan.source.infos.values()):
-        return inherited or ""
+    if plan.source_digest is not None:
+        return plan.source_digest
     digest = SourceDigest()
     for key, info in plan.source.infos.items():
         digest.add(info, records[str(key)]["source"])
@@ -391,7 +390,7 @@ def _finish(
         if region.array.dtype == "F16"
     }
     checksums = tuple(d for step in plan.steps for d in records[str(step.key)]["written"])
-    extra = container.finish(Outcome(digest, dtypes, checksums))
+    extra = container.finish(Outcome(digest, dtypes, checksums, tuple(widened)))
     files.close()
     if not is_file(place.out):
         extra |= target.files(plan)
@@ -413,7 +412,7 @@ def _describe(
     facts = {
         "tool": {"name": "zaya-convert", "version": __version__},
         "packing": plan.packing,
-        "recipe": plan.recipe.to_dict() if plan.recipe else plan.source.manifest.get("recipe"),
+        "recipe": plan.how,
         "calibration": _calibration(plan, records),
         "equalized": bool(plan.source.scaling) or bool(plan.source.manifest.get("equalized")),
         "allocation": plan.allocation or plan.source.manifest.get("allocation"),
@@ -428,6 +427,7 @@ def _describe(
         files[equalize.NAME] = equalize.serialise(plan.source.scaling)
     files["README.md"] = card.model_card(plan, facts)
     for name, data in files.items():
+        (place.partial / name).parent.mkdir(exist_ok=True)
         (place.partial / name).write_bytes(data)
     known = {
         region.array.name: digest
@@ -437,7 +437,10 @@ def _describe(
         )
         if region.bytes == region.array.bytes
     }
-    paths = [place.partial / name for name in (*names, *files)]
+
+    def digest_of(name: str) -> manifest.FileDigest:
+        return replace(manifest.digest_file(place.partial / name, known), name=name)
+
     with ThreadPoolExecutor(threads) as pool:
-        digests = list(pool.map(lambda path: manifest.digest_file(path, known), paths))
+        digests = list(pool.map(digest_of, (*names, *files)))
     (place.partial / manifest.NAME).write_bytes(manifest.build(facts, digests))

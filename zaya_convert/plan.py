@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from zaya_convert import __version__
@@ -70,6 +70,20 @@ class Plan:
     def needs_stats(self) -> bool:
         """Whether some method wants calibration."""
         return any(step.method and METHODS[step.method].needs for step in self.steps)
+
+    @property
+    def how(self) -> Mapping[str, Any] | None:
+        """The recipe that rounded these weights, here or before; None when nothing did."""
+        if self.recipe is not None and self.recipe.quantizes:
+            return self.recipe.to_dict()
+        return self.source.manifest.get("recipe")
+
+    @property
+    def source_digest(self) -> str | None:
+        """Digest of the float model behind the source; "" unknown, None when it is the source."""
+        inherited = self.source.manifest.get("source", {}).get("digest")
+        quantized = any(info.spec for info in self.source.infos.values())
+        return inherited or ("" if quantized else None)
 
     @property
     def bytes(self) -> int:
@@ -142,6 +156,7 @@ def make_plan(
     if problems:
         raise InputError(problems, f"{packing_name} cannot hold this plan")
     steps = [_step(source, info, recipe, target, problems) for info in source.infos.values()]
+    problems = problems or _disagreements(steps, target)
     if problems:
         raise InputError(problems, f"{packing_name} cannot hold this plan")
     arrays = _arrays(steps, packing_name)
@@ -164,6 +179,20 @@ def _arrays(steps: list[Step], packing_name: str) -> tuple[Array, ...]:
     if problems:
         raise InputError(list(problems), f"{packing_name} cannot hold this plan")
     return tuple(found.values())
+
+
+def _disagreements(steps: list[Step], target: Packing) -> list[str]:
+    """Units (see ``Packing.unit``) whose tensors have several forms."""
+    forms: dict[str, dict[str, None]] = {}
+    for step in steps:
+        name, form = target.unit(step.key, step.spec)
+        forms.setdefault(name, {})[form] = None
+    return [
+        f"{name} is computed as one, and cannot hold {' and '.join(found)}; give all its matrices "
+        "one type"
+        for name, found in forms.items()
+        if len(found) > 1
+    ]
 
 
 def _method(rule: Rule, key: TensorKey) -> str:
@@ -193,6 +222,9 @@ def _step(
         if found:
             problems.extend(f"{info.key}: {problem}" for problem in found)
             return Step(info.key, spec, method, {}, copy=False)
+    if spec is not None and PART_BY_NAME[info.key.part].role == "float":
+        # Another tool quantized the router; what it left of the values is kept as floats.
+        spec, dtype, info = None, "F32", replace(info, dtype="F32")
     regions = target.regions(info, spec, source.config, dtype)
     plain = spec is None and info.plain and [*regions] == [""]
     copy = plain and regions[""].array.dtype == info.dtype and info.key not in source.scaling

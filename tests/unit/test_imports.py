@@ -70,6 +70,20 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *_INDEX, "zaya_convert", "zaya_convert.card", "zaya_convert.manifest",
         "zaya_convert.export.arrays", "zaya_convert.export.container", "zaya_quant",
         "torch (lazy)"),
+    "zaya_convert.export.onnx": (
+        *_INDEX, "zaya_convert", "zaya_convert.manifest", "zaya_convert.export.arrays",
+        "zaya_convert.export.container", "zaya_quant.spec", "zaya_quant (lazy)", "torch (lazy)"),
+    "zaya_convert.export.onnx.builder": ("zaya_convert.export.arrays", "numpy", "onnx"),
+    "zaya_convert.export.onnx.graph": (
+        *_INDEX, "zaya_convert.export.arrays", "zaya_convert.export.onnx", "zaya_quant.spec",
+        "numpy", "onnx"),
+    "zaya_convert.export.onnx.codes": ("zaya_convert.export.onnx", "zaya_quant", "torch"),
+    "zaya_convert.export.onnx.write": (
+        *_INDEX, "zaya_convert.export.arrays", "zaya_convert.export.container",
+        "zaya_convert.export.onnx", "torch"),
+    "zaya_convert.export.onnx.read": (
+        *_INDEX, "zaya_convert.manifest", "zaya_convert.export.arrays", "zaya_convert.export.onnx",
+        "zaya_quant", "torch", "onnx", "google.protobuf"),
     "zaya_convert.export.compressed_tensors": (
         *_INDEX, "zaya_convert.export", "zaya_convert.export.arrays",
         "zaya_convert.export.safetensors", "zaya_convert.export.split", "zaya_quant",

@@ -23,11 +23,13 @@ class Outcome:
         source_digest: of the float model it was made from; "" when that is unknown.
         dtypes: arrays whose final dtype differs from the planned one (of the same width).
         checksums: sha256 of what each region holds, in the order of the plan.
+        widened: names of the tensors whose scales are bf16 though the plan says fp16.
     """
 
     source_digest: str = ""
     dtypes: Mapping[str, str] = field(default_factory=dict)
     checksums: tuple[str, ...] = ()
+    widened: tuple[str, ...] = ()
 
 
 class Container(Protocol):
@@ -104,6 +106,15 @@ class PlannedFiles:
         while view:
             count = os.pwrite(self.descriptors[file], view, position)
             position, view = position + count, view[count:]
+
+    def pad(self) -> None:
+        """Fill what lies between arrays with zeros, which damage to a partial file may not be."""
+        for index, file in enumerate(self.planned):
+            position = file.data_start
+            for array, offset in zip(file.arrays, file.offsets, strict=True):
+                self.write_at(index, position, bytes(file.data_start + offset - position))
+                position = file.data_start + offset + array.bytes
+            self.write_at(index, position, bytes(file.size - position))
 
     def read(self, region: Region, size: int = 32 << 20) -> Iterator[bytes]:
         """Read a region back, in pieces of at most ``size`` bytes."""

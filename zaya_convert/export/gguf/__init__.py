@@ -16,6 +16,7 @@ from zaya_convert.checkpoint import Checkpoint, TensorInfo
 from zaya_convert.config import ModelConfig
 from zaya_convert.export.arrays import Array, Region, piece_of
 from zaya_convert.export.gguf.names import DIALECTS, Dialect
+from zaya_convert.layout import TensorKey
 from zaya_quant.spec import BLOCK_TYPES, Spec, holding_type
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ class Gguf:
             f"no block type of GGUF holds {spec.label} with {info.shape[1]} inputs exactly; blocks "
             "are symmetric with fp16 scales for 32 weights, or of a type like Q4_K"
         ]
+
+    def unit(self, key: TensorKey, spec: Spec | None) -> tuple[str, str]:
+        """None: what is computed as one is one array."""
+        return "", ""
 
     def regions(
         self, info: TensorInfo, spec: Spec | None, config: ModelConfig, dtype: str = ""

@@ -173,15 +173,14 @@ def general_entries(plan: Plan) -> list[Entry]:
 
 def provenance_entries(plan: Plan, outcome: Outcome) -> list[Entry]:
     """Where the file came from: the manifest's facts, in the file itself."""
-    recipe = plan.recipe.to_dict() if plan.recipe else plan.source.manifest.get("recipe")
     entries: list[Entry] = [
         (PROVENANCE + "version", "str", __version__),
         (PROVENANCE + "packing", "str", plan.packing),
         (PROVENANCE + "source.digest", "str", outcome.source_digest),
         (PROVENANCE + "source.model", "str", plan.origin),
     ]
-    if recipe:
-        entries.append((PROVENANCE + "recipe", "str", json.dumps(recipe, sort_keys=True)))
+    if plan.how:
+        entries.append((PROVENANCE + "recipe", "str", json.dumps(plan.how, sort_keys=True)))
     calibration = _calibration(plan)
     for name, kind in (("digest", "str"), ("data", "str"), ("tokens", "u64")):
         if name in calibration:
@@ -193,9 +192,8 @@ def provenance_entries(plan: Plan, outcome: Outcome) -> list[Entry]:
 def placeholder(plan: Plan) -> Outcome:
     """An outcome as long as the real one will be, to lay the file out with."""
     regions = sum(len(step.regions) for step in plan.steps)
-    inherited = plan.source.manifest.get("source", {}).get("digest")
-    known = inherited is not None or any(info.spec for info in plan.source.infos.values())
-    digest = (inherited or "") if known else "0" * _DIGEST_LENGTH
+    known = plan.source_digest
+    digest = "0" * _DIGEST_LENGTH if known is None else known
     return Outcome(digest, {}, ("0" * _DIGEST_LENGTH,) * regions)
 
 

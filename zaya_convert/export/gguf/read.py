@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from zaya_quant.qtensor import Quantized
 
+_MAX_PROBLEMS = 1000
 _EXPERTS = ("mlp.experts.gate_proj.weight", "mlp.experts.up_proj.weight")
 
 
@@ -114,24 +115,26 @@ def _match(
     tensors: Mapping[str, RawTensor], config: ModelConfig, dialect: Dialect, where: str
 ) -> dict[TensorKey, TensorInfo]:
     """Match what the model needs with what the file holds, strictly."""
-    infos: dict[TensorKey, TensorInfo] = {}
     problems: dict[str, None] = {}
     unused = set(tensors)
-    for key in layout.keys(config.layers, config.experts, config.flags):
+    # One expert speaks for all of its fused tensor: a file may promise millions that it lacks.
+    for key in layout.keys(config.layers, 1, config.flags):
         place = _place(dialect, key, config, tensors)
         raw = tensors.get(place.name)
-        if raw is None:
-            problems[f"{place.name!r} is missing"] = None
-            continue
-        unused.discard(raw.name)
-        found = _mismatch(raw, place.shape, key)
+        unused.discard(place.name)
+        found = "is missing" if raw is None else _mismatch(raw, place.shape, key)
         if found:
-            problems[f"{raw.name!r} {found}"] = None
-            continue
-        infos[key] = _info(key, raw, place, config)
-    problems |= {f"{name!r} is unknown": None for name in sorted(unused)}
+            problems[f"{place.name!r} {found}"] = None
+        if len(problems) > _MAX_PROBLEMS:
+            break
+    else:
+        problems |= {f"{name!r} is unknown": None for name in sorted(unused)}
     if problems:
         raise InputError(list(problems), where)
+    infos = {}
+    for key in layout.keys(config.layers, config.experts, config.flags):
+        place = _place(dialect, key, config, tensors)
+        infos[key] = _info(key, tensors[place.name], place, config)
     return infos
 
 

@@ -46,6 +46,7 @@ class GgufFiles:
 
     def finish(self, outcome: Outcome) -> dict[str, bytes]:
         """Write the headers."""
+        self.files.pad()
         for i, file in enumerate(self.files.planned):
             header = self._header(i, outcome)
             assert len(header) == file.data_start
