@@ -116,7 +116,8 @@ def allocate(
         else:
             specs = _fitting(module, info)
             arrays = module.regions(info, specs[0], checkpoint.config).values()
-            shared = tuple(region.array.name for region in arrays)
+            unit, _ = module.unit(info.key, specs[0])
+            shared = (unit,) if unit else tuple(region.array.name for region in arrays)
             groups.setdefault(shared, _Group(rule, specs)).infos.append(info)
 
     def measure(entry: tuple[_Group, TensorInfo]) -> list[float]:
@@ -158,7 +159,7 @@ def allocate(
 
 @dataclass
 class _Group:
-    """Matrices that share an array of the output, and so a grid."""
+    """Matrices that share an array of the output or are computed as one, and so share a grid."""
 
     rule: Rule
     specs: Sequence[Spec]

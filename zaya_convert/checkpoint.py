@@ -44,13 +44,23 @@ SIDE_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A contiguous byte range of a file holding one array."""
+    """A contiguous byte range of a file holding one array.
+
+    ``turns`` tensors share it row by row, ``shape`` being that of all their rows; a ``Decoder``
+    knows which are whose.
+    """
 
     file: Path
     begin: int
     end: int
     dtype: str
     shape: tuple[int, ...]
+    turns: int = 1
+
+    @property
+    def bytes(self) -> int:
+        """The share of one tensor."""
+        return (self.end - self.begin) // self.turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +85,7 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         """Bytes on disk, scales included."""
-        return sum(piece.end - piece.begin for piece in self.pieces.values())
+        return sum(piece.bytes for piece in self.pieces.values())
 
     @property
     def plain(self) -> bool:
@@ -195,9 +205,8 @@ class Checkpoint:
 
     def side_files(self) -> dict[str, bytes]:
         """Tokenizer, template and licence files that belong to the model, by name."""
-        if self.extras is not None and not (self.path / "tokenizer.json").is_file():
-            return self.extras()
-        found = {}
+        own_tokenizer = self.extras is None or (self.path / "tokenizer.json").is_file()
+        found = {} if own_tokenizer or self.extras is None else self.extras()
         for name in SIDE_FILES:
             path = self.path / name
             if path.is_file():

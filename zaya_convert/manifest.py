@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from zaya_convert.errors import InputError
@@ -134,14 +134,15 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda _: None) -> di
         raise InputError("is damaged, or of another version", NAME)
     problems = [f"{name} is missing" for name in files if not (folder / name).is_file()]
     listed = {*files, NAME}
-    problems += [
-        f"{path.name} is not in the manifest"
-        for path in sorted(folder.iterdir())
-        if path.name not in listed
-    ]
+    held = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+    problems += [f"{name} is not in the manifest" for name in sorted(held - listed)]
     for name, expected in files.items():
         if (folder / name).is_file():
-            problems += _compare(folder / name, expected, tensors)
+            problems += _compare(folder, name, expected, tensors)
             progress(expected["bytes"])
     if problems:
         raise InputError(problems, folder.name)
@@ -149,39 +150,51 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda _: None) -> di
 
 
 def _well_formed(files: Any, tensors: Any) -> bool:
-    """Whether both tables look as ``build`` writes them; files lie in the folder itself."""
-    if not isinstance(files, dict) or not isinstance(tensors, dict) or not tensors:
+    """Whether both tables look as ``build`` writes them; files lie in the folder, or in one of it.
+
+    There are no tensors where weight files do not say themselves what they hold, as in ONNX.
+    """
+    if not isinstance(files, dict) or not isinstance(tensors, dict) or not files:
         return False
     entries = [*files.values(), *tensors.values()]
     return (
         all(isinstance(e, dict) and isinstance(e.get("sha256"), str) for e in entries)
         and all(type(entry.get("bytes")) is int for entry in files.values())
-        and all(Path(name).name == name for name in files)
+        and all(_is_inside(name) for name in files)
         and all(entry.get("file") in files for entry in tensors.values())
     )
 
 
-def _compare(path: Path, expected: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
+def _is_inside(name: str) -> bool:
+    """Whether a file's name stays in the folder, and is written in the one usual way."""
+    path = PurePosixPath(name)
+    return str(path) == name and name != "." and ".." not in path.parts and not path.is_absolute()
+
+
+def _compare(
+    folder: Path, name: str, expected: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> list[str]:
     """Problems of one file and of the tensors that the manifest places in it."""
+    path = folder / name
     if path.stat().st_size != expected["bytes"]:
-        return [f"{path.name}: {path.stat().st_size} bytes, expected {expected['bytes']}"]
+        return [f"{name}: {path.stat().st_size} bytes, expected {expected['bytes']}"]
     try:
         found = digest_file(path)
     except InputError as error:
         return [str(error)]
-    listed = {name: entry for name, entry in tensors.items() if entry["file"] == path.name}
+    listed = {key: entry for key, entry in tensors.items() if entry["file"] == name}
     held = {
-        name: {"file": path.name, "sha256": digest, "dtype": dtype, "shape": list(shape)}
-        for name, (digest, dtype, shape) in found.tensors.items()
+        key: {"file": name, "sha256": digest, "dtype": dtype, "shape": list(shape)}
+        for key, (digest, dtype, shape) in found.tensors.items()
     }
     changed = [
-        f"{path.name}: tensor {name!r} has changed: not what the manifest says"
-        for name in sorted({*listed, *held})
-        if listed.get(name) != held.get(name)
+        f"{name}: tensor {key!r} has changed: not what the manifest says"
+        for key in sorted({*listed, *held})
+        if listed.get(key) != held.get(key)
     ]
     if not changed and found.sha256 != expected["sha256"]:
         changed.append(
-            f"{path.name}: has changed (sha256 {found.sha256[:12]}..., "
+            f"{name}: has changed (sha256 {found.sha256[:12]}..., "
             f"expected {expected['sha256'][:12]}...)"
         )
     return changed

@@ -79,6 +79,14 @@ class Plan:
         return self.source.manifest.get("recipe")
 
     @property
+    def main_type(self) -> str:
+        """The dtype or block type that most bytes of the output have."""
+        sizes: dict[str, int] = {}
+        for array in self.arrays:
+            sizes[array.dtype] = sizes.get(array.dtype, 0) + array.bytes
+        return max(sizes, key=lambda name: sizes[name])
+
+    @property
     def source_digest(self) -> str | None:
         """Digest of the float model behind the source; "" unknown, None when it is the source."""
         inherited = self.source.manifest.get("source", {}).get("digest")

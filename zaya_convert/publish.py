@@ -62,7 +62,7 @@ class Workspace:
                 empty(self.partial)
                 return
             (self.partial / JOURNAL).unlink(missing_ok=True)
-            for path in self.partial.iterdir():
+            for path in self.partial.rglob("*"):
                 _fsync(path)
             _fsync(self.partial)
             old = _old(self.out)
@@ -153,13 +153,13 @@ def check_ready(out: Path, needed_bytes: int, *, marker: str, overwrite: bool) -
     partial = out.parent / f".{out.name}.partial"
     with io_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir(exist_ok=True)
-    try:
-        _check_free(out, marker, overwrite)
-        _check_space(out.parent, needed_bytes, partial)
-    finally:
-        if not any(partial.iterdir()):
-            partial.rmdir()
+    with locked(partial, out):
+        try:
+            _check_free(out, marker, overwrite)
+            _check_space(out.parent, needed_bytes, partial)
+        finally:
+            if not any(partial.iterdir()):
+                partial.rmdir()
 
 
 def _old(out: Path) -> Path:
@@ -235,7 +235,7 @@ def _journal(partial: Path, fingerprint: str, resume: bool) -> dict[str, dict[st
 def _check_space(folder: Path, needed: int, partial: Path) -> None:
     have = shutil.disk_usage(folder).free
     if partial.is_dir():
-        have += sum(path.stat().st_blocks * 512 for path in partial.iterdir())
+        have += sum(path.stat().st_blocks * 512 for path in partial.rglob("*"))
     if needed > have:
         raise OutputError(
             f"{folder}: needs {needed / 2**30:.2f} GiB, only {have / 2**30:.2f} GiB are free"

@@ -268,8 +268,8 @@ def adjusted(
         changes: dict[str, Any] = {}
         if bits is not None and _speaks_of_experts(rule):
             changes |= {"bits": bits, "type": ""}
-        if group_size is not None:
-            changes |= {"group_size": group_size, "type": ""}
+        if group_size is not None and not changes.get("type", rule.type):
+            changes["group_size"] = group_size
         if method is not None:
             changes["method"] = method
         rules.append(replace(rule, **changes) if rule.spec else rule)

@@ -45,6 +45,7 @@ def figures(report: Report) -> list[tuple[str, str]]:
     layers = report.router_agreement_by_layer
     rows = [
         ("evidence", f"{report.tokens:,} tokens of {report.data}, {report.dtype}"),
+        ("engine", report.engine),
         ("KL divergence (nats)", f"mean {report.kl_mean:.3g}, p99 {report.kl_p99:.3g}, "
          f"max {report.kl_max:.3g}"),
         ("top-1 agreement", f"{report.top1_agreement:.2%}"),

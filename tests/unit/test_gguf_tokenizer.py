@@ -396,6 +396,13 @@ def test_what_cannot_be_said_is_left_out(name: str) -> None:
     assert side_files(header(found)) == {}
 
 
+def test_special_tokens_keep_their_ids_without_texts() -> None:
+    found, _ = entries({}, nano_config(vocab_rows=400, bos_id=2, pad_id=0, eos_ids=(5, 1)))
+    assert {key.rpartition(".")[2]: value for key, _, value in found[1:]} == {
+        "bos_token_id": 2, "eos_token_id": 5, "eot_token_id": 1, "padding_token_id": 0,
+    }  # fmt: skip
+
+
 def test_no_tokenizer_is_noted(nano: Nano) -> None:
     folder = nano("hybrid", layers=1)
     assert entries({}, CONFIG) == (

@@ -95,6 +95,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # running models and judging them
     "zaya_convert.runtime": (*_INDEX, *_NUMERICS, "zaya_quant", "zaya_kernels", "tokenizers",
                              "jinja2"),
+    "zaya_convert.runtime.onnx_engine": (
+        *_INDEX, *_NUMERICS, "zaya_convert.export.onnx", "zaya_convert.runtime", "onnx",
+        "onnxruntime (lazy)"),
     "zaya_convert.data": (*_INDEX, "torch", "zaya_convert.hub", "zaya_convert.models",
                           "zaya_convert.runtime"),
     "zaya_convert.validate": (*_INDEX, "torch", "zaya_convert.data", "zaya_convert.runtime",

@@ -42,9 +42,9 @@ class Writing:
         Raises:
             UsageError: options of another format.
         """
+        if self.packing and self.format != "safetensors":
+            raise UsageError("--packing is for safetensors; GGUF has --dialect")
         if self.format == "gguf":
-            if self.packing:
-                raise UsageError("--packing is for safetensors; GGUF has --dialect")
             return "gguf" if self.dialect in (None, "pr23112") else f"gguf-{self.dialect}"
         if self.dialect:
             raise UsageError("--dialect is for GGUF; give --to gguf (or --format gguf)")

@@ -49,7 +49,8 @@ def command(model: str, format: str, kind: str | None, out: Output, **options: A
     origin = writing.base_model or models.origin(model) or _origin_of(source.manifest)
     recipe = recipes.adjusted(recipes.for_type(kind), method="absmax") if kind else None
     plan = make_plan(source, recipe, writing.target, writing.shard_size, origin)
-    suffix = f"{kind.upper()}.gguf" if kind and format == "gguf" else kind or writing.target
+    name = kind.upper() if kind else plan.main_type if format == "gguf" else writing.target
+    suffix = f"{name}.gguf" if format == "gguf" else name
     output = writing.output or default_output(source, model, suffix)
     carry_out(plan, output, model, writing, out)
 

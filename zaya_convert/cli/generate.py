@@ -1,20 +1,23 @@
-"""``generate``: run a model in the reference runtime."""
+"""``generate``: run a model in the reference runtime, an ONNX folder in onnxruntime."""
 
 from __future__ import annotations
 
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from zaya_convert.cli.conversion import open_named
+from zaya_convert.cli.engines import ONNXRUNTIME, choose_engine, engine_option
 from zaya_convert.cli.output import Output, output_options
 from zaya_convert.cli.params import MODEL
+from zaya_convert.errors import UsageError
 
 if TYPE_CHECKING:
     from zaya_convert.checkpoint import Checkpoint
+    from zaya_convert.runtime.engine import Engine
     from zaya_convert.runtime.generate import Sampling
 
 _PREFILL_CHUNK = 512  # columns of the prompt run at once: bounds the memory of a long one
@@ -41,8 +44,11 @@ class _Generated:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without chat template.")
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Of the reference runtime [default: bfloat16].",
 )
+@engine_option
 @output_options
 def command(
     model: str | None,
@@ -53,7 +59,8 @@ def command(
     top_k: int,
     seed: int,
     raw: bool,
-    dtype: str,
+    dtype: str | None,
+    engine: str | None,
     out: Output,
 ) -> None:
     """Continue a prompt with MODEL, a checkpoint or an artifact, writing the text as it comes.
@@ -65,7 +72,8 @@ def command(
 
     sampling = Sampling(temperature, top_p, top_k, seed)
     text = sys.stdin.read() if prompt == "-" else prompt
-    done = _run(checkpoint, text, raw, dtype, max_new_tokens, sampling, out)
+    runs = _engine(checkpoint, engine, dtype)
+    done = _run(checkpoint, runs, text, raw, max_new_tokens, sampling, out)
     speed = done.new_tokens / done.seconds if done.seconds else 0.0
     if out.json:
         out.result(vars(done) | {"tokens_per_second": speed}, "")
@@ -77,19 +85,30 @@ def command(
     )
 
 
+def _engine(checkpoint: Checkpoint, name: str | None, dtype: str | None) -> Engine[Any]:
+    if choose_engine(checkpoint, name) == ONNXRUNTIME:
+        if dtype:
+            raise UsageError("--dtype is of the reference runtime; add --engine reference")
+        from zaya_convert.runtime.onnx_engine import OnnxModel
+
+        return OnnxModel(checkpoint)
+    import torch
+
+    from zaya_convert.runtime.model import Model
+
+    return Model(checkpoint, getattr(torch, dtype or "bfloat16"))
+
+
 def _run(
     checkpoint: Checkpoint,
+    model: Engine[Any],
     prompt: str,
     raw: bool,
-    dtype: str,
     max_new_tokens: int,
     sampling: Sampling,
     out: Output,
 ) -> _Generated:
-    import torch
-
     from zaya_convert.runtime.generate import generate
-    from zaya_convert.runtime.model import Model
     from zaya_convert.runtime.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.of(checkpoint)
@@ -97,7 +116,6 @@ def _run(
         ids = tokenizer.encode(prompt)
     else:
         ids = tokenizer.chat([{"role": "user", "content": prompt}])
-    model = Model(checkpoint, getattr(torch, dtype))
     stream = tokenizer.stream(skip_special=False)
     done = _Generated(len(ids))
     started = time.monotonic()

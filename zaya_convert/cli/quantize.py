@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from zaya_convert.plan import Plan
     from zaya_convert.stats import Stats
 
+_DEFAULT_RECIPES = {"gguf": "q4_k_m", "onnx": "onnx-int4"}  # others: int4
+
 
 @click.command("quantize")
 @click.argument("model", type=MODEL, required=False)
@@ -98,13 +100,13 @@ def command(
 ) -> None:
     """Quantize MODEL and write an artifact with manifest and model card.
 
-    Without --bits and --recipe the recipe is int4, and for GGUF q4_k_m. Calibrates first, where
-    the recipe's methods ask for it. Prints the output's path.
+    Without --bits and --recipe the recipe is int4, for GGUF q4_k_m and for ONNX onnx-int4.
+    Calibrates first, where the recipe's methods ask for it. Prints the output's path.
     """
     calibration = Calibration(**{f.name: options.pop(f.name) for f in fields(Calibration)})
     writing = Writing(format, **options)
-    if format == "gguf" and recipe is None and bits is None:
-        recipe = "q4_k_m"
+    if recipe is None and bits is None:
+        recipe = _DEFAULT_RECIPES.get(format)
     chosen = choose_recipe(recipe, bits, group_size, method)
     target = _target(chosen, target_bpw, target_size)
     source = open_named(model, out)
@@ -114,9 +116,11 @@ def command(
     suffix = f"int{bits}" if bits and not recipe else chosen.name
     if format == "gguf":
         suffix += ".gguf"
-    elif writing.target != "compressed-tensors":
+    elif writing.target not in ("compressed-tensors", suffix.partition("-")[0]):
         suffix += f"-{writing.target}"
     output = writing.output or default_output(source, model, suffix)
+    if equalize and output.suffix == ".gguf":
+        raise UsageError("--equalize keeps a file beside the weights; name a folder with -o")
     job = _Job(source, calibration, writing, output, stats, out)
     plan = make_plan(source, chosen, writing.target, writing.shard_size, origin)
     job.check(plan, target is not None)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zaya_convert import models
+from zaya_convert.cli.engines import ONNXRUNTIME, choose_engine, engine_option
 from zaya_convert.cli.output import Output, output_options
 from zaya_convert.cli.params import MODEL
 from zaya_convert.cli.progress import stages_bar
@@ -17,6 +18,7 @@ from zaya_convert.errors import UsageError, ValidationFailed
 
 if TYPE_CHECKING:
     from zaya_convert.checkpoint import Checkpoint
+    from zaya_convert.runtime.onnx_engine import OnnxModel
     from zaya_convert.validate import Report
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -44,7 +46,14 @@ _POSITIVE = click.FloatRange(0)
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="float32 measures the quantization alone, bfloat16 how people run it.",
+    help="Of the reference runtime: float32 measures the quantization alone, bfloat16 how people "
+    "run it.",
+)
+@engine_option
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Run an ONNX graph without rounding activations to 8 bits: its weights alone.",
 )
 @click.option("--max-kl", type=_POSITIVE, help="Largest mean KL divergence, in nats.")
 @click.option("--max-kl-p99", type=_POSITIVE, help="Largest 99th percentile of it.")
@@ -62,6 +71,8 @@ def command(
     sequence_length: int,
     seed: int,
     dtype: str,
+    engine: str | None,
+    exact: bool,
     html: Path | None,
     junit: Path | None,
     out: Output,
@@ -73,6 +84,7 @@ def command(
     """
     opened = models.open_model(candidate)
     original = _reference(opened, reference, out)
+    runs = _engine(opened, engine, exact)
     for path in filter(None, (html, junit)):
         path.parent.mkdir(parents=True, exist_ok=True)
     from zaya_convert.data import load_sequences
@@ -81,8 +93,9 @@ def command(
     sequences = load_sequences(original, data, tokens=tokens, length=sequence_length, seed=seed)
     with stages_bar(out) as progress:
         report = validate(
-            original, opened, sequences, dtype=dtype, bounds=Bounds(**bounds), progress=progress
-        )
+            original, opened, sequences,
+            dtype=dtype, engine=runs, bounds=Bounds(**bounds), progress=progress,
+        )  # fmt: skip
     _publish(report, html, junit, out)
 
 
@@ -96,6 +109,17 @@ def _reference(candidate: Checkpoint, name: str | None, out: Output) -> Checkpoi
         raise UsageError(f"pass --reference MODEL: the model the candidate was made from{hint}")
     out.note(f"reference: the bundled checkpoint {models.BUNDLED.name}")
     return models.open_model(None)
+
+
+def _engine(candidate: Checkpoint, name: str | None, exact: bool) -> OnnxModel | None:
+    """What runs the candidate; None stands for the reference runtime."""
+    if choose_engine(candidate, name) == ONNXRUNTIME:
+        from zaya_convert.runtime.onnx_engine import OnnxModel
+
+        return OnnxModel(candidate, exact)
+    if exact:
+        raise UsageError("--exact is for ONNX folders run by onnxruntime")
+    return None
 
 
 def _publish(report: Report, html: Path | None, junit: Path | None, out: Output) -> None:

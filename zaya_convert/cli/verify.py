@@ -28,7 +28,7 @@ def command(artifact: str, out: Output) -> None:
         return
     if not folder.is_dir():
         raise InputError("no such folder", artifact)
-    total = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     with bytes_bar(out, "verifying", total) as advance:
         found = manifest.verify(folder, advance)
     checkpoint = models.open_model(str(folder))
@@ -42,10 +42,8 @@ def command(artifact: str, out: Output) -> None:
         "source": found.get("source"),
         "tool": found.get("tool"),
     }
-    text = (
-        f"{folder}: ok, {facts['files']} files and {facts['tensors']} tensors as written "
-        f"({size(facts['bytes'])})"
-    )
+    tensors = f" and {facts['tensors']} tensors" if facts["tensors"] else ""
+    text = f"{folder}: ok, {facts['files']} files{tensors} as written ({size(facts['bytes'])})"
     out.result(facts, text)
 
 

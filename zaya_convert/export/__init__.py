@@ -4,6 +4,7 @@ It has these functions, which ``Packing`` states as types:
 
 * ``model_problems(config)``: reasons why it cannot hold such a model at all;
 * ``problems(info, spec)``: reasons why it cannot hold a tensor quantized like that;
+* ``unit(key, spec)``: what a tensor is computed with as one, and the form they must share;
 * ``regions(info, spec, config, dtype)``: the output arrays of a tensor and which bytes of them it
   fills;
 * ``encode(info, value)``: a float or quantized tensor as the components named in ``regions``;
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from zaya_convert.config import ModelConfig
     from zaya_convert.export.arrays import Region
     from zaya_convert.export.container import Container
+    from zaya_convert.layout import TensorKey
     from zaya_convert.plan import Plan
     from zaya_quant.qtensor import Quantized
     from zaya_quant.spec import Spec
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 PACKINGS = {
     "compressed-tensors": "zaya_convert.export.compressed_tensors",
     "auto-round": "zaya_convert.export.auto_round",
+    "onnx": "zaya_convert.export.onnx",
     "dense": "zaya_convert.export.dense",
     "gguf": "zaya_convert.export.gguf:PR23112",
     "gguf-combined40": "zaya_convert.export.gguf:COMBINED40",
@@ -45,6 +48,7 @@ PACKINGS = {
 FORMATS = {
     "safetensors": ("compressed-tensors", "auto-round", "dense"),
     "gguf": ("gguf", "gguf-combined40", "gguf-yggdrasil"),
+    "onnx": ("onnx",),
 }
 
 
@@ -57,6 +61,14 @@ class Packing(Protocol):
 
     def problems(self, info: TensorInfo, spec: Spec) -> list[str]:
         """Reasons why ``info`` cannot be stored with ``spec``."""
+        ...
+
+    def unit(self, key: TensorKey, spec: Spec | None) -> tuple[str, str]:
+        """Which tensors readers take as one although they share no array, and in what form.
+
+        Returns:
+            A name, and a form that all tensors of that name must have; ("", "") for most.
+        """
         ...
 
     def regions(

@@ -54,6 +54,11 @@ def notes(plan: Plan) -> list[str]:
     return []
 
 
+def unit(key: TensorKey, spec: Spec | None) -> tuple[str, str]:
+    """None: every matrix stands alone."""
+    return "", ""
+
+
 def storage_problems(info: TensorInfo, spec: Spec) -> list[str]:
     """What neither packing's readers can hold."""
     if isinstance(spec, BlockSpec):

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from zaya_convert.errors import InputError, UsageError
-from zaya_convert.runtime.cache import Cache
-from zaya_convert.runtime.model import Model
+from zaya_convert.runtime.engine import Engine, S
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Completion:
 
 
 def generate(
-    model: Model,
+    model: Engine[S],
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -120,7 +120,7 @@ def generate(
 
 
 def complete(
-    model: Model,
+    model: Engine[S],
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -195,7 +195,7 @@ def _noise(
     return torch.from_numpy(-np.log(-np.log(rows)))
 
 
-def _limits(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+def _limits(model: Engine[Any], prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
     """How many tokens each sequence may get."""
     context = model.config.max_positions
     problems = []
@@ -212,8 +212,8 @@ def _limits(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int)
 
 
 def _prefill(
-    model: Model, prompts: Sequence[Sequence[int]], chunk: int | None
-) -> tuple[Cache, Tensor]:
+    model: Engine[S], prompts: Sequence[Sequence[int]], chunk: int | None
+) -> tuple[S, Tensor]:
     """Run left-padded prompts; returns the cache and the logits of the last column [B, V]."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), model.config.pad_id or 0)

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from zaya_convert.checkpoint import Checkpoint
-from zaya_convert.errors import InputError, UsageError
+from zaya_convert.errors import UsageError
 from zaya_convert.runtime.attention import Batch, attend, project
 from zaya_convert.runtime.cache import Cache
+from zaya_convert.runtime.inputs import check_block, check_sequences, full_mask
 from zaya_convert.runtime.router import Routing, rms_norm, route
 from zaya_convert.runtime.weights import Parts, Weights
 from zaya_kernels.reference import Expert
@@ -76,6 +77,8 @@ class Model:
         exact: accumulate fp32 in fp64 (about half the speed); bf16 is never exact.
     """
 
+    name = "reference runtime"
+
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -120,8 +123,7 @@ class Model:
         Raises:
             InputError: an id outside the vocabulary, an empty block.
         """
-        if ids.ndim != 2 or not ids.numel():
-            raise InputError(f"need at least one token, got ids of shape {list(ids.shape)}")
+        check_block(ids)
         batch = self._batch(ids, cache, mask)
         rows, routings = self._run(ids.flatten(), [batch], observer)
         hidden = rows.view(*ids.shape, -1)
@@ -149,8 +151,7 @@ class Model:
             sequences: token ids [T] each, T >= 1.
             progress: called with (layers done, layers).
         """
-        if not sequences or any(s.ndim != 1 or not len(s) for s in sequences):
-            raise InputError("nothing to evaluate: every sequence needs at least one token")
+        check_sequences(sequences)
         batches = [Batch(self.config, (1, len(s)), self.dtype, self.wide) for s in sequences]
         rows, routings = self._run(torch.cat(list(sequences)), batches, observer, progress)
         routes, weights = _stack(routings)
@@ -168,17 +169,7 @@ class Model:
 
     def _batch(self, ids: Tensor, cache: Cache | None, mask: Tensor | None) -> Batch:
         past = 0 if cache is None else cache.length
-        total = past + ids.shape[1]
-        if mask is not None:
-            if mask.shape != (ids.shape[0], total):
-                raise InputError(
-                    f"mask has shape {list(mask.shape)}, expected {[ids.shape[0], total]}"
-                )
-            mask = mask.bool()
-        elif cache is not None and cache.valid is not None:
-            mask = torch.cat([cache.valid, torch.ones_like(ids, dtype=torch.bool)], dim=1)
-        if mask is not None and bool(mask.all()):
-            mask = None
+        mask = full_mask(ids, past, None if cache is None else cache.valid, mask)
         size, length = ids.shape
         return Batch(self.config, (size, length), self.dtype, self.wide, past, mask, cache)
 

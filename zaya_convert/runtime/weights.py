@@ -15,6 +15,7 @@ from torch import Tensor
 from zaya_convert.checkpoint import Checkpoint, Piece, torch_dtype
 from zaya_convert.errors import InputError
 from zaya_convert.layout import PART_BY_NAME, TensorKey
+from zaya_convert.runtime.inputs import check_ids
 from zaya_kernels.reference import Expert, Weight
 
 Parts = Mapping[str, Tensor]
@@ -95,9 +96,7 @@ class Weights:
             InputError: an id is outside the embedding.
         """
         part = "embed_tokens.weight"
-        rows = self.checkpoint.config.vocab_rows
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
-            raise InputError(f"token ids must lie in 0..{rows - 1}; is this the right tokenizer?")
+        check_ids(ids, self.checkpoint.config.vocab_rows)
         held = self._held(part)
         if isinstance(held, Tensor):
             return held[ids].to(self.dtype)

@@ -7,7 +7,6 @@ Keys and types are those that the loaders of ``zaya`` read. Two of them mislead 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,8 @@ Entry = tuple[str, str, Any]  # key, kind, value
 
 PROVENANCE = "zaya_convert."
 CHECKSUMS = PROVENANCE + "checksums"
-_DIGEST_LENGTH = 64
+HEADER_DIGEST = PROVENANCE + "header."  # and the number of the part
+BLANK_DIGEST = "0" * 64
 
 # llama.cpp's numbers for the type that most of a file has (llama.h, llama_ftype).
 _FILE_TYPES = {
@@ -139,10 +139,6 @@ def _windows(found: _Keys, layers: int) -> tuple[int, ...]:
 def general_entries(plan: Plan) -> list[Entry]:
     """What people and tools ask of any GGUF file."""
     config, card = plan.source.config, kept_metadata(plan.source)
-    types = Counter[str]()
-    for array in plan.arrays:
-        types[array.dtype] += array.bytes
-    common = types.most_common(1)[0][0]
     recipe = plan.recipe.name.lower() if plan.recipe else ""
     quantized = any(step.spec for step in plan.steps)
     name = plan.origin.rpartition("/")[2] or "ZAYA1"
@@ -151,7 +147,7 @@ def general_entries(plan: Plan) -> list[Entry]:
         ("general.type", "str", "model"),
         ("general.name", "str", name),
         ("general.size_label", "str", size_label(plan.weights, config)),
-        ("general.file_type", "u32", _FILE_TYPES_MIXED.get(recipe, _FILE_TYPES[common])),
+        ("general.file_type", "u32", _FILE_TYPES_MIXED.get(recipe, _FILE_TYPES[plan.main_type])),
     ]
     if quantized:
         entries.append(("general.quantization_version", "u32", 2))
@@ -193,8 +189,8 @@ def placeholder(plan: Plan) -> Outcome:
     """An outcome as long as the real one will be, to lay the file out with."""
     regions = sum(len(step.regions) for step in plan.steps)
     known = plan.source_digest
-    digest = "0" * _DIGEST_LENGTH if known is None else known
-    return Outcome(digest, {}, ("0" * _DIGEST_LENGTH,) * regions)
+    digest = BLANK_DIGEST if known is None else known
+    return Outcome(digest, {}, (BLANK_DIGEST,) * regions)
 
 
 def read_manifest(header: GgufHeader) -> dict[str, Any]:

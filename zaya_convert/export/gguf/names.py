@@ -95,8 +95,12 @@ class Dialect:
                 found.append(f"its router must be 256 wide, the model's is {config.router_width}")
             if config.kv_heads != 2:
                 found.append(f"it reads two key-value heads, the model has {config.kv_heads}")
-        if self.name == "combined40" and 2 * config.rotary_dim != config.head_dim:
-            found.append("combined40 rotates half of every head, the model another share")
+        if self.name == "combined40":
+            if 2 * config.rotary_dim != config.head_dim:
+                found.append("combined40 rotates half of every head, the model another share")
+            spare = 2 * config.dims["c"] - config.hidden  # its loader asserts this
+            if spare <= 0 or spare % 2:
+                found.append("combined40 wants twice the convolution channels above the width")
         return found
 
     def place(self, key: TensorKey, config: ModelConfig) -> Place:
@@ -133,7 +137,9 @@ class Dialect:
             return wished or dtype
         if part.name == GROUPED:
             return self.grouped_type
-        return (wished or "F32") if part.name in ROUTER_MLP else "F32"
+        if part.name in ROUTER_MLP:
+            return wished or ("F16" if dtype == "F16" else "F32")
+        return "F32"
 
 
 def _table(rows: str) -> dict[str, str]:

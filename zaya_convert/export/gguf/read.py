@@ -18,7 +18,7 @@ from zaya_convert.errors import InputError
 from zaya_convert.export.arrays import Array, piece_of
 from zaya_convert.export.gguf import metadata, tokenizer
 from zaya_convert.export.gguf.names import DIALECTS, Dialect, detect
-from zaya_convert.gguf_header import GgufHeader, read_gguf_set
+from zaya_convert.gguf_header import GgufHeader, read_gguf, read_gguf_set
 from zaya_convert.headers import FLOAT_DTYPES, RawTensor
 from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_quant.spec import BLOCK_TYPES, spec_of_type
@@ -70,7 +70,8 @@ def verify_file(path: Path, progress: Callable[[int], None] = lambda _: None) ->
         InputError: no checksums, or tensors that have changed; all of them.
     """
     checkpoint = open_gguf(path)
-    claimed = read_gguf_set(path)[0].metadata.get(metadata.CHECKSUMS)
+    header, files = read_gguf_set(path)
+    claimed = header.metadata.get(metadata.CHECKSUMS)
     if not isinstance(claimed, list):
         raise InputError(
             "holds no checksums; only files that zaya-convert wrote can be verified", path.name
@@ -78,7 +79,7 @@ def verify_file(path: Path, progress: Callable[[int], None] = lambda _: None) ->
     pieces = [(k, piece) for k, info in checkpoint.infos.items() for piece in info.pieces.values()]
     if len(claimed) != len(pieces):
         raise InputError(f"lists {len(claimed)} checksums for {len(pieces)} tensors", path.name)
-    changed: dict[str, None] = {}
+    changed = {f"{file.name}: the header has changed": None for file in files if not _intact(file)}
     for (key, piece), expected in zip(pieces, claimed, strict=True):
         digest = hashlib.sha256()
         for chunk in piece_chunks(piece, CHUNK_BYTES):
@@ -91,11 +92,26 @@ def verify_file(path: Path, progress: Callable[[int], None] = lambda _: None) ->
     return checkpoint
 
 
+def _intact(path: Path) -> bool:
+    """Whether a header has the digest that stands in it."""
+    header = read_gguf(path)
+    number = header.metadata.get("split.no", 0)
+    claimed = header.metadata.get(f"{metadata.HEADER_DIGEST}{number}")
+    if not isinstance(claimed, str):
+        return False
+    with path.open("rb") as file:
+        raw = file.read(min(tensor.begin for tensor in header.tensors.values()))
+    blank = raw.replace(claimed.encode(), metadata.BLANK_DIGEST.encode())
+    return hashlib.sha256(blank).hexdigest() == claimed
+
+
 def _only_file(folder: Path) -> Path:
     files = sorted(folder.glob("*.gguf"))
     firsts = [file for file in files if "-of-" not in file.stem or "-00001-of-" in file.stem]
     if len(firsts) != 1:
-        names = ", ".join(file.name for file in firsts[:5]) or "none"
+        if not firsts:
+            raise InputError("holds parts of a GGUF file, but not the first", folder.name)
+        names = ", ".join(file.name for file in firsts[:5])
         raise InputError(f"holds several models ({names}); name one of the files", folder.name)
     return firsts[0]
 

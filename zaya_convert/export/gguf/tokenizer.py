@@ -57,7 +57,8 @@ def entries(files: Files, config: ModelConfig) -> tuple[list[Entry], str]:
 def _entries(raw: Mapping[str, Any], files: Files, config: ModelConfig) -> tuple[list[Entry], str]:
     kind, split, reason = _kind(raw)
     if reason:
-        return [("tokenizer.ggml.model", "str", "none")], reason
+        ids = _special_ids({}, config, [])
+        return [("tokenizer.ggml.model", "str", "none"), *ids], reason
     texts, types = _tokens(raw, config.vocab_rows)
     found: list[Entry] = [("tokenizer.ggml.model", "str", kind)]
     if split:
@@ -199,12 +200,12 @@ def _special_ids(files: Files, config: ModelConfig, texts: Sequence[str]) -> lis
         "padding": config.pad_id,
     }
     for name, token in _SPECIALS.items():
-        if ids[name] is None:
-            ids[name] = places.get(named.get(token, ""))
+        if ids[name] is None and token in named:
+            ids[name] = places.get(named[token])
     return [
         (f"tokenizer.ggml.{name}_token_id", "u32", place)
         for name, place in ids.items()
-        if place is not None and place < len(texts)
+        if place is not None and place < config.vocab_rows
     ]
 
 

@@ -1,11 +1,12 @@
 """The GGUF container: one file or several parts, laid out before a weight is read.
 
 The header's length is known beforehand, because what is filled in at the end (digests) always has
-the same length.
+the same length. The last of them is of the header itself, as it is with zeros in that place.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +50,8 @@ class GgufFiles:
         self.files.pad()
         for i, file in enumerate(self.files.planned):
             header = self._header(i, outcome)
+            digest = hashlib.sha256(header).hexdigest()
+            header = header.replace(metadata.BLANK_DIGEST.encode(), digest.encode())
             assert len(header) == file.data_start
             self.files.write_at(i, 0, header)
         return {}
@@ -65,6 +68,7 @@ class GgufFiles:
                 ("split.count", "u16", len(self._parts)),
                 ("split.tensors.count", "i32", len(self._plan.arrays)),
             ]
+        entries = [*entries, (f"{metadata.HEADER_DIGEST}{index}", "str", metadata.BLANK_DIGEST)]
         tensors = [
             (array.name, array.dtype, array.shape, offset)
             for array, offset in zip(arrays, offsets, strict=True)

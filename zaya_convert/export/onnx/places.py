@@ -24,11 +24,13 @@ from zaya_convert.export.arrays import Array, Region, piece_of
 from zaya_convert.layout import PART_BY_NAME, TensorKey, resolve
 from zaya_quant.spec import QuantSpec, Spec
 
+Specs = Mapping[TensorKey, Spec | None]
+
 BITS = (4, 8)
 QWEIGHT, SCALES, ZEROS = ".qweight", ".scales", ".zeros"
 
 QKV = ("q_proj", "k_proj", "v_proj_current", "v_proj_delayed")
-_QKV_PARTS = tuple(f"self_attn.qkv_proj.{name}.weight" for name in QKV)
+QKV_PARTS = tuple(f"self_attn.qkv_proj.{name}.weight" for name in QKV)
 _GATE, _UP, _DOWN = (f"mlp.experts.{name}_proj.weight" for name in ("gate", "up", "down"))
 EXPERT_PARTS = (_GATE, _UP, _DOWN)
 
@@ -54,9 +56,9 @@ def place(key: TensorKey, config: ModelConfig, quantized: bool) -> Place:
     """Where the rows of a matrix are kept."""
     shape = resolve(PART_BY_NAME[key.part].shape, config.dims)
     prefix = f"model.layers.{key.layer}."
-    if key.part in _QKV_PARTS:
+    if key.part in QKV_PARTS:
         widths = qkv_widths(config)
-        index = _QKV_PARTS.index(key.part)
+        index = QKV_PARTS.index(key.part)
         start = sum(widths[:index])
         module = prefix + "self_attn.qkv_proj"
         return Place(module, (sum(widths),), part=(start, start + widths[index]))
@@ -65,8 +67,12 @@ def place(key: TensorKey, config: ModelConfig, quantized: bool) -> Place:
     if key.part == _DOWN:
         return Place(prefix + "mlp.experts.down_proj", (config.experts, shape[0]), key.expert)
     rows = (config.experts, 2 * shape[0])
-    turn = (EXPERT_PARTS.index(key.part), 2)
-    return Place(prefix + "mlp.experts.gate_up_proj", rows, key.expert, turn=turn)
+    return Place(prefix + "mlp.experts.gate_up_proj", rows, key.expert, turn=turn(key.part))
+
+
+def turn(part: str) -> tuple[int, int]:
+    """Which rows of an array are a quantized matrix's own: (i, n) is every n-th from i on."""
+    return {_GATE: (0, 2), _UP: (1, 2)}.get(part, (0, 1))
 
 
 def regions(key: TensorKey, spec: Spec | None, config: ModelConfig) -> dict[str, Region]:
@@ -102,7 +108,7 @@ def quantized_arrays(
 
 def unit(key: TensorKey, spec: Spec | None) -> tuple[str, str]:
     """What a node multiplies as one, and the form that all matrices of it must share."""
-    if key.part in _QKV_PARTS:
+    if key.part in QKV_PARTS:
         name = f"model.layers.{key.layer}.self_attn.qkv_proj"
     elif key.expert >= 0:
         name = f"model.layers.{key.layer}.mlp.experts"
@@ -113,7 +119,7 @@ def unit(key: TensorKey, spec: Spec | None) -> tuple[str, str]:
     return name, spec.label.removesuffix(" " + spec.scale_dtype)
 
 
-def problems(shape: tuple[int, ...], spec: Spec) -> list[str]:
+def problems(key: TensorKey, shape: tuple[int, ...], spec: Spec) -> list[str]:
     """Reasons why the operators cannot take a matrix ``[out, in]`` on this grid."""
     if not isinstance(spec, QuantSpec):
         return [f"{spec.label} is a block type of GGUF; ONNX operators do not know it"]
@@ -126,6 +132,8 @@ def problems(shape: tuple[int, ...], spec: Spec) -> list[str]:
             f"groups of {size} inputs: ONNX operators take powers of two from 16 on, which divide "
             f"its {shape[1]} inputs"
         )
+    elif key.expert >= 0 and spec.group_size < 0 and shape[0] != shape[1]:
+        found.append("one group for each row: QMoE has one group size for matrices of both widths")
     return found
 
 
@@ -141,13 +149,10 @@ def vector_shape(part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def rotary_arrays(config: ModelConfig) -> dict[float, tuple[Array, Array]]:
-    """Cosines and sines [positions, rotary_dim/2] by rotary base; the model holds no such tensor."""
+    """Cosines and sines [positions, rotary_dim/2] by rotary base, which no checkpoint holds."""
     shape = (config.max_positions, config.rotary_dim // 2)
     bases = dict.fromkeys(config.rope_thetas)
     return {
         base: (Array(f"rotary.{i}.cos", "F32", shape), Array(f"rotary.{i}.sin", "F32", shape))
         for i, base in enumerate(bases)
     }
-
-
-Specs = Mapping[TensorKey, Spec | None]
