@@ -28,7 +28,7 @@ from rounding import nearest
 from synthetic import nano_config, write_checkpoint
 from zaya_convert import layout
 from zaya_convert.checkpoint import Checkpoint, torch_dtype
-from zaya_convert.config import ModelConfig, replace
+from zaya_convert.config import ModelConfig
 from zaya_convert.convert import execute
 from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_convert.models import open_model
