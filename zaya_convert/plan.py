@@ -223,6 +223,9 @@ def _step(
     dtype = recipe.float_type(info.key) if recipe else ""
     if spec is not None and (dtype or rule):
         spec = None if dtype else fitting(spec, info.shape[1])
+    if spec is not None and PART_BY_NAME[info.key.part].role == "float":
+        # Another tool quantized the router; what it left of the values is kept as floats.
+        spec, dtype, info = None, "F32", replace(info, dtype="F32")
     if rule and method not in METHODS:
         problems.append(f"{info.key}: no method {method!r}; there are {', '.join(METHODS)}")
     if spec is not None:
@@ -230,9 +233,6 @@ def _step(
         if found:
             problems.extend(f"{info.key}: {problem}" for problem in found)
             return Step(info.key, spec, method, {}, copy=False)
-    if spec is not None and PART_BY_NAME[info.key.part].role == "float":
-        # Another tool quantized the router; what it left of the values is kept as floats.
-        spec, dtype, info = None, "F32", replace(info, dtype="F32")
     regions = target.regions(info, spec, source.config, dtype)
     plain = spec is None and info.plain and [*regions] == [""]
     copy = plain and regions[""].array.dtype == info.dtype and info.key not in source.scaling

@@ -30,6 +30,8 @@ class Size(click.ParamType):
 # A string, not a Path: it may be a Hub id. The type gives file completion in the shell.
 MODEL = click.Path()
 
+_PR = "pr23112"
+
 _WRITING = (
     click.option(
         "--packing",
@@ -39,8 +41,8 @@ _WRITING = (
     ),
     click.option(
         "--dialect",
-        type=click.Choice([name.removeprefix("gguf-") for name in FORMATS["gguf"][1:]]),
-        help="Which loaders a GGUF file is for [default: those of llama.cpp's pull request 23112].",
+        type=click.Choice([_PR, *(name.removeprefix("gguf-") for name in FORMATS["gguf"][1:])]),
+        help=f"Which of llama.cpp's forks a GGUF file is for [default: {_PR}].",
     ),
     click.option(
         "-o",
