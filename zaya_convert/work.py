@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,9 @@ from zaya_quant.methods import METHODS, method
 from zaya_quant.qtensor import Quantized, QuantTensor
 from zaya_quant.spec import QuantSpec, Spec
 from zaya_quant.stats import InputStats
+
+if TYPE_CHECKING:
+    from zaya_quant.methods import Quantize
 
 _FP16_NORMAL = 2.0**-14
 NO_TOKENS = "no calibration tokens"
@@ -72,39 +75,52 @@ class Worker:
         return sha256(value)
 
     def _fits_in_rows(self, step: Step) -> bool:
-        """Whether a large matrix can be done a few rows at a time, each for itself.
-
-        Scales that may turn out to be wider are decided for a matrix as a whole.
-        """
-        info, spec = self.plan.source.infos[step.key], step.spec
+        """Whether a large matrix can be made a few rows at a time, each for itself."""
+        info = self.plan.source.infos[step.key]
         return (
             info.bytes > CHUNK_BYTES
             and info.plain
             and len(info.shape) == 2
-            and [*step.regions] == [""]
+            and packing(self.plan.packing).by_rows
             and step.key not in self.plan.source.scaling
-            and (spec is None or self._wider(info, spec) is None)
         )
 
     def _by_rows(self, step: Step) -> Record:
-        """A step whose rows are read, made and written in bounded pieces."""
-        info, region = self.plan.source.infos[step.key], step.regions[""]
+        """A step whose rows are read, made and written in bounded pieces.
+
+        Where some of them need wider scales, all of them are made once more.
+        """
+        info, spec = self.plan.source.infos[step.key], step.spec
+        wider = None if spec is None else self._wider(info, spec)
+        found = self._rows(step, spec, strict=wider is not None)
+        return found or self._rows(step, wider, strict=False) | {"widened": True}
+
+    def _rows(self, step: Step, spec: Spec | None, strict: bool) -> Record:
+        """Make a step's rows on a grid; {} when it is ``strict`` and the grid too narrow."""
+        info, known = self.plan.source.infos[step.key], self._known(step) if spec else None
         dtype, columns = torch_dtype(info.dtype), info.shape[1]
         row = columns * dtype.itemsize
-        source, written, begin, offset, narrow = hashlib.sha256(), hashlib.sha256(), 0, 0, False
+        source, begin, narrow = hashlib.sha256(), 0, False
+        written = {name: (hashlib.sha256(), 0) for name in step.regions}
         for chunk in self.plan.source.chunks(step.key, max(1, CHUNK_BYTES // row) * row):
             source.update(chunk)
             rows = torch.frombuffer(chunk, dtype=dtype).view(-1, columns)
-            if step.spec is None:
+            if spec is None:
                 value = self._floats(step, rows, begin)
             else:
-                value = self.quantize(step, rows, self._known(step), begin)
+                found = self._attempt(step, spec, rows, known, begin)
+                if strict and (found is None or _too_small(found)):
+                    return {}
+                value = found or self._surely(step, spec, rows, known)
                 narrow |= _loses_bits(value)
-            data = view(packing(self.plan.packing).encode(info, value)[""])
-            self.files.write(region, data, offset)
-            written.update(data)
-            begin, offset = begin + len(chunk), offset + len(data)
-        return _record(step, source.hexdigest(), [written.hexdigest()]) | {"narrow": narrow}
+            for name, tensor in packing(self.plan.packing).encode(info, value).items():
+                data, (digest, offset) = view(tensor), written[name]
+                self.files.write(step.regions[name], data, offset)
+                digest.update(data)
+                written[name] = (digest, offset + len(data))
+            begin += len(chunk)
+        digests = [digest.hexdigest() for digest, _ in written.values()]
+        return _record(step, source.hexdigest(), digests) | {"narrow": narrow}
 
     def _floats(self, step: Step, value: torch.Tensor | Quantized, offset: int = 0) -> torch.Tensor:
         """A float tensor in the dtype it is stored in.
@@ -127,32 +143,50 @@ class Worker:
             raise InputError(f"{where(info)}: {largest:g} does not fit {dtype}; use BF16 or F32")
         return result
 
-    def quantize(
-        self, step: Step, weight: torch.Tensor, stats: InputStats | None, offset: int = 0
-    ) -> Quantized:
+    def quantize(self, step: Step, weight: torch.Tensor, stats: InputStats | None) -> Quantized:
         """Quantize one matrix, with bf16 scales where fp16 would overflow or lose them.
 
         A method whose statistics are missing gives way to ``rtn``.
-
-        Args:
-            offset: bytes of the matrix before ``weight``, when that is only some of its rows.
         """
         assert step.spec is not None
-        info = self.plan.source.infos[step.key]
-        needs = METHODS[step.method].needs
-        run = method(step.method if stats is not None or not needs else "rtn")
-        spec, result = step.spec, None
+        found = self._attempt(step, step.spec, weight, stats)
+        wider = self._wider(self.plan.source.infos[step.key], step.spec)
+        if wider is not None and (found is None or _too_small(found)):
+            return self._surely(step, wider, weight, stats)
+        return found or self._surely(step, step.spec, weight, stats)
+
+    def _attempt(
+        self,
+        step: Step,
+        spec: Spec,
+        weight: torch.Tensor,
+        stats: InputStats | None,
+        offset: int = 0,
+    ) -> Quantized | None:
+        """A matrix, or some of its rows, on a grid; None when that has no scale for them.
+
+        Args:
+            offset: bytes of the matrix before ``weight``.
+        """
         try:
-            result = run(weight, spec, stats)
+            return self._method(step, stats)(weight, spec, stats)
         except ValueError:
-            check_finite(weight.flatten(), info, offset)
-        wider = self._wider(info, spec)
-        if wider is not None and (result is None or _too_small(result)):
-            spec, result = wider, None
+            check_finite(weight.flatten(), self.plan.source.infos[step.key], offset)
+            return None
+
+    def _surely(
+        self, step: Step, spec: Spec, weight: torch.Tensor, stats: InputStats | None
+    ) -> Quantized:
+        """``_attempt`` that says why it cannot."""
         try:
-            return result or run(weight, spec, stats)
+            return self._method(step, stats)(weight, spec, stats)
         except ValueError as error:
+            info = self.plan.source.infos[step.key]
             raise InputError(f"{where(info)}: {error}") from None
+
+    def _method(self, step: Step, stats: InputStats | None) -> Quantize:
+        needs = METHODS[step.method].needs
+        return method(step.method if stats is not None or not needs else "rtn")
 
     def _wider(self, info: TensorInfo, spec: Spec) -> Spec | None:
         """The spec with bf16 scales, if the packing can hold such."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zaya_convert import manifest
+from zaya_convert import manifest, work
 from zaya_convert.convert import execute
 from zaya_convert.errors import InputError
 from zaya_convert.export import FORMATS
@@ -171,3 +171,33 @@ def test_scales_outside_fp16_become_bf16(scale: float, tmp_path: Path) -> None:
     assert value.spec.scale_dtype == "bfloat16"
     error = (value.dequantize() - original).square().mean() / original.square().mean()
     assert error < 0.02
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-7])
+@pytest.mark.parametrize("packing", ["dense", "gguf", "onnx"])
+def test_making_rows_at_a_time_changes_nothing(
+    packing: str, scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large matrices are made in parts, and once more where their scales turn out too small."""
+    from synthetic import nano_config, write_checkpoint
+
+    folder = write_checkpoint(
+        tmp_path / "src",
+        nano_config(windows=(0, 0, 0)),
+        layout="hybrid",
+        seed=0,
+        tensors=_tiny_weights(scale),
+    )
+    rules = (Rule("experts", 8, 32), Rule("attention", 8, 32), Rule("embedding", 8, 32))
+    plan = make_plan(open_model(str(folder)), Recipe("law", "", rules), packing)
+    whole = execute(plan, tmp_path / "whole")
+    monkeypatch.setattr(work, "CHUNK_BYTES", 1000)
+    parts = execute(plan, tmp_path / "parts")
+    assert (whole.widened, whole.narrow) == (parts.widened, parts.narrow)
+    files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*"))
+    assert files
+    for name in files:
+        if (tmp_path / "whole" / name).is_file():
+            assert (tmp_path / "whole" / name).read_bytes() == (
+                tmp_path / "parts" / name
+            ).read_bytes()

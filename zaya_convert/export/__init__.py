@@ -1,7 +1,8 @@
 """Output packings. A packing is one module, or one object in it, and one line in ``PACKINGS``.
 
-It has these functions, which ``Packing`` states as types:
+It has these, which ``Packing`` states as types:
 
+* ``by_rows``: whether large matrices can be made a few rows at a time;
 * ``model_problems(config)``: reasons why it cannot hold such a model at all;
 * ``problems(info, spec)``: reasons why it cannot hold a tensor quantized like that;
 * ``unit(key, spec)``: what a tensor is computed with as one, and the form they must share;
@@ -53,7 +54,14 @@ FORMATS = {
 
 
 class Packing(Protocol):
-    """What a packing offers."""
+    """What a packing offers.
+
+    Attributes:
+        by_rows: every component of a matrix is one array with the matrix's rows, so that a few of
+            them can be made at a time.
+    """
+
+    by_rows: bool
 
     def model_problems(self, config: ModelConfig) -> list[str]:
         """Reasons why a model like this cannot be stored at all."""

@@ -38,6 +38,7 @@ _BITS = (2, 4, 8)
 
 model_problems = split.model_problems
 notes = split.notes
+by_rows = False
 unit = split.unit
 container = safetensors.container
 

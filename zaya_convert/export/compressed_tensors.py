@@ -48,6 +48,7 @@ _SUFFIXES = (".weight_packed", ".weight_scale", ".weight_shape")
 
 model_problems = split.model_problems
 notes = split.notes
+by_rows = False
 unit = split.unit
 container = safetensors.container
 

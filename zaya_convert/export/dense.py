@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 model_problems = split.model_problems
 notes = split.notes
+by_rows = True
 unit = split.unit
 container = safetensors.container
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from zaya_convert.checkpoint import Checkpoint, TensorInfo
 from zaya_convert.config import ModelConfig
@@ -32,6 +32,7 @@ class Gguf:
     """The packing of one dialect; see ``zaya_convert.export.Packing``."""
 
     dialect: Dialect
+    by_rows: ClassVar[bool] = True
 
     def model_problems(self, config: ModelConfig) -> list[str]:
         """What the dialect has no form for."""

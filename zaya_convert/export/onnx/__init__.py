@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 unit = places.unit
 recognises = configs.recognises
+by_rows = True
 
 
 def model_problems(config: ModelConfig) -> list[str]:
