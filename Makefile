@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 setup: $(VENV)/.stamp
 
-$(VENV)/.stamp: pyproject.toml constraints.txt CMakeLists.txt $(wildcard quant/CMakeLists.txt quant/src/*)
+$(VENV)/.stamp: pyproject.toml constraints.txt CMakeLists.txt $(wildcard quant/CMakeLists.txt quant/src/* kernels/CMakeLists.txt kernels/src/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
 	$(INSTALL) -e '.[oracle,dev]'

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zaya_kernels.packed import PackedWeight
 from zaya_quant.qtensor import Quantized
 
-Weight = Tensor | Quantized
+Weight = Tensor | Quantized | PackedWeight
 
 # Rows of one expert computed at once. It bounds the intermediate [rows, 2F] when routing is skewed.
 ROWS = 4096

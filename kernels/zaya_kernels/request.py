@@ -21,6 +21,7 @@ class Request:
         spec: how the weights are quantized, None for float weights.
         observed: whether the caller watches intermediate values (calibration).
         exact: whether a row's result may not depend on the rows beside it (float64 weights).
+        fast: whether activations may be rounded to int8 for products with quantized weights.
     """
 
     dtype: torch.dtype = torch.float32
@@ -28,3 +29,4 @@ class Request:
     spec: Spec | None = None
     observed: bool = False
     exact: bool = False
+    fast: bool = False

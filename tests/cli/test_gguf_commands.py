@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from cli.running import Run, Zaya
-from conftest import Stored, Surgery
 from gguf_files import foreign, rewrite
-from nano import Nano
+from nano import Nano, Stored, Surgery
 from rounding import NEAREST
 from zaya_convert import stats
 from zaya_convert.cli.main import run

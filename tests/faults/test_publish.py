@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from cli.running import Run, Zaya
-from conftest import Stored, Surgery
 from faults.breaking import digests, failing_writes, stopped_half_way
+from nano import Stored, Surgery
 from zaya_convert import publish
 
 pytest_plugins = ("cli.fixtures",)

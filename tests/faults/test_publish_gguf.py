@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from cli.running import Zaya
-from conftest import Stored, Surgery
 from faults.breaking import digests, failing_writes, stopped_half_way
-from nano import Nano
+from nano import Nano, Stored, Surgery
 from zaya_convert import publish
 from zaya_convert.cli.main import run
 

@@ -192,16 +192,29 @@ def test_rounded_activations_cost_little(bits: int, tmp_path: Path) -> None:
     check(session.run(ids, mask)["logits"][mask], reference.logits[mask], 2e-2)
 
 
+@pytest.mark.parametrize("chosen", [None, recipe(4, "experts"), recipe(8, "experts")])
 @pytest.mark.parametrize("bias", [-1.0, 10.0])
-def test_tokens_that_skip(bias: float, tmp_path: Path) -> None:
+def test_tokens_that_skip(bias: float, chosen: Recipe | None, tmp_path: Path) -> None:
     """None, or all: then every expert's output is 0."""
     folder = write_checkpoint(tmp_path / "src", BASE, 5, change=favour_skip(BASE, bias))
-    artifact = convert(open_source(folder), recipe(4, "experts"), tmp_path / "a")
+    artifact = convert(open_source(folder), chosen, tmp_path / "a")
     ids, mask = batch(artifact)
     reference = Model(artifact).forward(ids, mask=mask)
     assert bool((reference.routes[:, mask] == BASE.experts).all()) == (bias > 0)
     session = Session(read.exact_graph(artifact, routes=True), artifact)
     check_every_way(session, reference, ids, mask)
+
+
+@pytest.mark.parametrize("chosen", [None, recipe(4, "experts")])
+def test_both_flavours_say_the_same(chosen: Recipe | None, tmp_path: Path) -> None:
+    """One sorts rows by expert, the other leaves quantized experts to a single operator."""
+    folder = write_checkpoint(tmp_path / "src", BASE, 5, change=favour_skip(BASE, 0.15))
+    artifact = convert(open_source(folder), chosen, tmp_path / "a")
+    ids, mask = batch(artifact)
+    reference = Model(artifact).forward(ids, mask=mask)
+    for name in ("model.onnx", "model_genai.onnx"):
+        session = Session(artifact.path / "onnx" / name, artifact, len(ids))
+        check(session.run(ids, mask, 1)["logits"], reference.logits[:, -1:])
 
 
 def test_logits_that_are_asked_for(tmp_path: Path) -> None:

@@ -110,8 +110,8 @@ def test_inputs_and_outputs(written: Path) -> None:
 
 
 def test_operators(written: Path) -> None:
-    model = loaded(written / MODEL)
-    moe = nodes(model, "QMoE")
+    model, genai = loaded(written / MODEL), loaded(written / GENAI)
+    moe = nodes(genai, "QMoE")
     assert len(moe) == 3
     for node in moe:
         # onnxruntime 1.30 and older refuse a model whose QMoE has an accuracy level
@@ -119,10 +119,26 @@ def test_operators(written: Path) -> None:
         assert (node["expert_weight_bits"], node["block_size"], node["k"]) == (4, 32, 1)
         assert (node["swiglu_fusion"], node["normalize_routing_weights"]) == (1, 0)
     # one for all projections of attention, one behind it, and the head
-    assert len(nodes(model, "MatMulNBits")) == 2 * 3 + 1
-    assert all(node["accuracy_level"] == 4 for node in nodes(model, "MatMulNBits"))
-    assert len(nodes(model, "GatherBlockQuantized")) == 1
-    assert all(node["approximate"] == b"none" for node in nodes(model, "Gelu"))
+    assert len(nodes(genai, "MatMulNBits")) == 2 * 3 + 1
+    assert all(node["accuracy_level"] == 4 for node in nodes(genai, "MatMulNBits"))
+    # the other graph has two for each expert instead
+    assert not nodes(model, "QMoE")
+    levels = [(n["bits"], n["accuracy_level"]) for n in nodes(model, "MatMulNBits")]
+    assert sorted(levels) == [(4, 0)] * (2 * 8 * 3) + [(8, 4)] * (2 * 3 + 1)
+    for each in (model, genai):
+        assert len(nodes(each, "GatherBlockQuantized")) == 1
+        assert all(node["approximate"] == b"none" for node in nodes(each, "Gelu"))
+
+
+def test_graphs_share_the_bytes_of_experts(written: Path) -> None:
+    model, genai = loaded(written / MODEL), loaded(written / GENAI)
+    whole = initializer(genai, SCALES)
+    begin, size = (int(entry.value) for entry in whole.external_data[1:])
+    assert list(whole.dims) == [8, 64, 2]
+    for expert in range(8):
+        part = initializer(model, f"{SCALES}.{expert}")
+        own = [("location", "model.onnx_data"), ("offset", str(begin + expert * size // 8))]
+        assert [(e.key, e.value) for e in part.external_data] == [*own, ("length", str(size // 8))]
 
 
 def test_scalars_have_no_dimensions(written: Path) -> None:
@@ -140,13 +156,12 @@ def test_the_head_is_the_embedding(written: Path, nano: Nano, tmp_path: Path) ->
     plain = loaded(tmp_path / "f" / MODEL)
     users = [node.op_type for node in plain.graph.node if "model.embed_tokens.weight" in node.input]
     assert users == ["Gather", "Gemm"]
-    assert not nodes(plain, "QMoE")
+    assert not nodes(loaded(tmp_path / "f" / GENAI), "QMoE")
 
 
 def test_an_exact_graph_rounds_no_activation(nano: Nano, tmp_path: Path) -> None:
     from zaya_convert.export.onnx.read import exact_graph
 
-    counts = {}
     for bits in (4, 8):
         out = tmp_path / str(bits)
         recipe = Recipe("unit", "", (Rule("experts", bits, 32), *RECIPE.rules[1:]))
@@ -154,8 +169,7 @@ def test_an_exact_graph_rounds_no_activation(nano: Nano, tmp_path: Path) -> None
         model = onnx.ModelProto.FromString(exact_graph(open_model(str(out)), routes=True))
         assert all(node["accuracy_level"] == 0 for node in nodes(model, "MatMulNBits"))
         assert [value.name for value in model.graph.output][-2:] == ["routes", "route_weights"]
-        counts[bits] = len(nodes(model, "QMoE"))
-    assert counts == {4: 3, 8: 0}
+        assert not nodes(model, "QMoE")
 
 
 def test_configuration_files(written: Path) -> None:
@@ -266,6 +280,7 @@ def initializer(model: Any, name: str) -> Any:
     return next(tensor for tensor in model.graph.initializer if tensor.name == name)
 
 
+QKV_SCALES = "model.layers.1.self_attn.qkv_proj.scales"
 SCALES = "model.layers.1.mlp.experts.down_proj.scales"
 
 
@@ -273,11 +288,11 @@ SCALES = "model.layers.1.mlp.experts.down_proj.scales"
     ("field", "value", "message"),
     [
         ("name", "x", "'x' is unknown"),
-        ("name", "x", f"'{SCALES}' is missing"),
+        ("name", "x", f"'{QKV_SCALES}' is missing"),
         ("data_type", 7, "data type 7"),
         ("data_type", 2, "bytes of U8, expected F32"),
         ("length", "64", "is 64 bytes of F32, expected"),
-        ("offset", "-1", "lies at bytes -1 to 4095"),
+        ("offset", "-1", "lies at bytes -1 to 2047"),
         ("offset", "1e3", "does not say where"),
         ("location", "../x", "leaves the folder"),
         ("location", "none", "cannot be read"),
@@ -285,7 +300,7 @@ SCALES = "model.layers.1.mlp.experts.down_proj.scales"
 )
 def test_a_damaged_initializer(field: str, value: Any, message: str, copied: Path) -> None:
     def edit(model: Any) -> None:
-        tensor = initializer(model, SCALES)
+        tensor = initializer(model, QKV_SCALES)
         if hasattr(tensor, field):
             setattr(tensor, field, value)
         else:
@@ -293,6 +308,34 @@ def test_a_damaged_initializer(field: str, value: Any, message: str, copied: Pat
 
     change(copied, edit)
     with pytest.raises(InputError, match=message):
+        open_model(str(copied))
+
+
+@pytest.mark.parametrize(
+    ("expert", "field", "value"),
+    [(0, "offset", "4096"), (1, "offset", "4096"), (2, "length", "4"), (0, "name", "x")],
+)
+def test_experts_that_do_not_make_up_an_array(
+    expert: int, field: str, value: str, copied: Path
+) -> None:
+    def edit(model: Any) -> None:
+        tensor = initializer(model, f"{SCALES}.{expert}")
+        if field == "name":
+            tensor.name = value
+        else:
+            next(e for e in tensor.external_data if e.key == field).value = value
+
+    change(copied, edit)
+    with pytest.raises(InputError, match=f"'{SCALES}': its experts do not lie one behind"):
+        open_model(str(copied))
+
+
+def test_an_expert_that_is_missing(copied: Path) -> None:
+    change(
+        copied,
+        lambda model: model.graph.initializer.remove(initializer(model, f"{SCALES}.7")),
+    )
+    with pytest.raises(InputError, match=f"'{SCALES}' is 3584 bytes of F32, expected"):
         open_model(str(copied))
 
 

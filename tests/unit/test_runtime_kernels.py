@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,8 @@ from nano import Nano
 from zaya_convert.checkpoint import open_source
 from zaya_convert.errors import UsageError
 from zaya_convert.runtime.model import Model
-from zaya_kernels import onednn, reference, table
+from zaya_kernels import library, native, onednn, reference, table
+from zaya_kernels.packed import pack
 from zaya_kernels.reference import Expert
 from zaya_quant.qtensor import QuantTensor
 from zaya_quant.spec import QuantSpec
@@ -141,7 +144,7 @@ def test_onednn_runs_for_inexact_fp32_and_float_weights(
     for reason, requests in ONEDNN_CANNOT.items():
         for request in requests:
             assert onednn.can_run(request) == reason
-            assert table.choose("linear", request).name == "reference"
+            assert table.choose("linear", request).name != "onednn"
     if not available:
         assert onednn.can_run(table.Request()) == "this build of PyTorch has no oneDNN"
         assert table.choose("linear", table.Request()).name == "reference"
@@ -165,6 +168,61 @@ def test_onednn_takes_any_shape_and_strides() -> None:
                 found = onednn.linear(x, rows, own)
                 assert found.shape == wanted.shape
                 torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+INT4 = QuantSpec(4, 32)
+NATIVE_CANNOT = {
+    "for quantized weights only": table.Request(),
+    "for fp32, bf16 and fp16 on the CPU only": table.Request(torch.float64, spec=INT4),
+    "sums in fp32": table.Request(spec=INT4, exact=True),
+    "shows no intermediate values": table.Request(spec=INT4, observed=True),
+    "symmetric grids only": table.Request(spec=QuantSpec(4, 32, symmetric=False)),
+    "int3: int4 and int8 only": table.Request(spec=QuantSpec(3, 32)),
+    "groups of 32, 64, 128 only": table.Request(spec=QuantSpec(4, -1)),
+}
+
+
+@pytest.mark.skipif(not library.supported_isas(), reason=library.load()[1])
+@pytest.mark.parametrize("reason", NATIVE_CANNOT)
+def test_native_says_why_it_cannot_run(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = NATIVE_CANNOT[reason]
+    assert native.can_run(request) == reason
+    assert native.can_run_fast(replace(request, fast=True)) == reason
+    for op in table.OPS:
+        assert not table.choose(op, request).name.startswith("native")
+        monkeypatch.setenv(table.ENVIRONMENT, "native")
+        if request.spec is None:  # float weights go their way
+            assert table.choose(op, request).name != "native"
+        else:
+            with pytest.raises(ValueError, match=f"native: {reason}"):
+                table.choose(op, request)
+        monkeypatch.delenv(table.ENVIRONMENT)
+
+
+@pytest.mark.skipif(not library.supported_isas(), reason=library.load()[1])
+def test_rounded_activations_must_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in table.OPS:
+        assert table.choose(op, table.Request(spec=INT4)).name == "native"
+        assert table.choose(op, table.Request(spec=INT4, fast=True)).name == "native_fast"
+        monkeypatch.setenv(table.ENVIRONMENT, "native")
+        assert table.choose(op, table.Request(spec=INT4, fast=True)).name == "native"
+        monkeypatch.delenv(table.ENVIRONMENT)
+
+
+def test_without_the_library_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load", lambda: (None, "no library in here"))
+    for op in table.OPS:
+        assert table.choose(op, table.Request(spec=INT4, fast=True)).name == "reference"
+    assert native.can_run(table.Request(spec=INT4)) == "no library in here"
+
+
+@pytest.mark.skipif(not library.supported_isas(), reason=library.load()[1])
+def test_what_cannot_be_packed() -> None:
+    codes, scales = torch.full((2, 32), 9, dtype=torch.int8), torch.ones(2, 1).half()
+    with pytest.raises(ValueError, match=r"4-bit codes must lie in -8\.\.7"):
+        pack(QuantTensor(codes, scales, None, INT4))
+    with pytest.raises(ValueError, match=r"cannot pack int5 .*: int5: int4 and int8 only"):
+        pack(QuantTensor(codes, scales, None, QuantSpec(5, 32)))
 
 
 def test_an_unknown_kernel_is_a_usage_error(nano: Nano, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def _engine(checkpoint: Checkpoint, name: str | None, dtype: str | None) -> Engi
 
     from zaya_convert.runtime.model import Model
 
-    return Model(checkpoint, getattr(torch, dtype or "bfloat16"))
+    return Model(checkpoint, getattr(torch, dtype or "bfloat16"), fast=True)
 
 
 def _run(

@@ -26,6 +26,7 @@ from zaya_convert.runtime.cache import Cache
 from zaya_convert.runtime.inputs import check_block, check_sequences, full_mask
 from zaya_convert.runtime.router import Routing, rms_norm, route
 from zaya_convert.runtime.weights import Parts, Weights
+from zaya_kernels import native
 from zaya_kernels.reference import Expert
 from zaya_kernels.table import Request, choose
 
@@ -75,6 +76,8 @@ class Model:
         dtype: torch.float32 (the oracle) or torch.bfloat16.
         resident: keep weights in memory once read; otherwise read them for each pass.
         exact: accumulate fp32 in fp64 (about half the speed); bf16 is never exact.
+        fast: compute with quantized matrices as they are, activations rounded to int8, where a
+            kernel can; what is exact stays so. For resident weights only.
     """
 
     name = "reference runtime"
@@ -85,18 +88,22 @@ class Model:
         dtype: torch.dtype = torch.float32,
         resident: bool = True,
         exact: bool = True,
+        fast: bool = False,
     ) -> None:
         exact = exact and dtype == torch.float32
         self.config, self.dtype = checkpoint.config, dtype
         self.wide = torch.float64 if exact else dtype
-        self.weights = Weights(checkpoint, dtype, self.wide, resident)
-        request = Request(dtype, exact=exact)
+        request = Request(dtype, exact=exact, fast=fast)
         try:
             self._linear = choose("linear", request).body
             self._moe = choose("moe_ffn", request).body
             self._observed_moe = choose("moe_ffn", replace(request, observed=True)).body
         except ValueError as error:
             raise UsageError(str(error)) from None
+        packing = request if fast and resident and not exact else None
+        if packing is not None:
+            self._linear, self._moe = native.with_packed(self._linear), native.moe_ffn
+        self.weights = Weights(checkpoint, dtype, self.wide, resident, packing)
 
     def new_cache(self) -> Cache:
         """An empty cache; it takes the batch size of the first block it meets."""
@@ -160,8 +167,11 @@ class Model:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: hidden states [n, d] → fp32 logits [n, V]; call it on chunks of many rows."""
-        out = torch.empty(len(hidden), self.config.vocab_rows)
         bias = self.weights.vector("lm_head.bias")
+        packed = self.weights.packed_head()
+        if packed is not None:
+            return self._linear(hidden, packed, bias).float()
+        out = torch.empty(len(hidden), self.config.vocab_rows)
         for start, block in self.weights.head_blocks():
             part = slice(start, start + len(block))
             out[:, part] = self._linear(hidden, block, None if bias is None else bias[part])

@@ -8,6 +8,8 @@ memory can be evaluated.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,7 +18,10 @@ from zaya_convert.checkpoint import Checkpoint, Piece, torch_dtype
 from zaya_convert.errors import InputError
 from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_convert.runtime.inputs import check_ids
+from zaya_kernels.packed import PackedWeight
 from zaya_kernels.reference import Expert, Weight
+from zaya_kernels.table import Request, choose
+from zaya_quant.qtensor import Quantized
 
 Parts = Mapping[str, Tensor]
 
@@ -32,6 +37,8 @@ class Weights:
     Attributes:
         dtype: of activations and of everything that is applied element by element.
         matrix_dtype: of matrices; wider than ``dtype`` in the exact mode.
+        packing: for which requests kernels may choose to have quantized matrices packed, which
+            are then never dequantized; None: all are. For resident weights only.
     """
 
     def __init__(
@@ -40,9 +47,11 @@ class Weights:
         dtype: torch.dtype,
         matrix_dtype: torch.dtype,
         resident: bool,
+        packing: Request | None = None,
     ) -> None:
         self.checkpoint, self.resident = checkpoint, resident
         self.dtype, self.matrix_dtype = dtype, matrix_dtype
+        self.packing = packing if resident else None
         self._keys: dict[int, list[TensorKey]] = {}
         for key in checkpoint.infos:
             if key.expert < 0:
@@ -51,7 +60,7 @@ class Weights:
         self._experts: dict[tuple[int, int], Expert] = {}
         self._matrices: dict[str, Weight] = {}
         self._vectors = {
-            key.part: self._read(key)
+            key.part: self._read_float(key)
             for key in self._keys[-1]
             if len(checkpoint.infos[key].shape) == 1
         }
@@ -66,10 +75,13 @@ class Weights:
         return self._vectors.get(part)
 
     def layer(self, index: int) -> Parts:
-        """Every tensor of one layer but its experts, by part name."""
+        """Every tensor of one layer but its experts, by part name.
+
+        A packed matrix stands where its tensor would: only ``linear`` ever looks at matrices.
+        """
         if index in self._layers:
             return self._layers[index]
-        parts = {key.part: self._read(key) for key in self._keys[index]}
+        parts = {key.part: cast("Tensor", self._read(key)) for key in self._keys[index]}
         if self.resident:
             self._layers[index] = parts
         return parts
@@ -77,10 +89,10 @@ class Weights:
     def small_parts(self, index: int) -> Parts:
         """A layer's tensors without what recipes may quantize: attention matrices and experts."""
         keys = (key for key in self._keys[index] if PART_BY_NAME[key.part].role == "float")
-        return {key.part: self._read(key) for key in keys}
+        return {key.part: self._read_float(key) for key in keys}
 
     def expert(self, layer: int, index: int) -> Expert:
-        """The matrices of one expert, dequantized."""
+        """The matrices of one expert, packed or dequantized."""
         found = self._experts.get((layer, index))
         if found is None:
             names = (f"mlp.experts.{name}.weight" for name in _EXPERT_PARTS)
@@ -100,8 +112,15 @@ class Weights:
         held = self._held(part)
         if isinstance(held, Tensor):
             return held[ids].to(self.dtype)
+        if isinstance(held, PackedWeight):
+            return held.rows(ids).to(self.dtype)
         used, places = torch.unique(ids, return_inverse=True)
         return torch.cat(list(self._rows(part, used.tolist(), 1)))[places].to(self.dtype)
+
+    def packed_head(self) -> PackedWeight | None:
+        """The head where it is packed; ``head_blocks`` is for others."""
+        held = self._held(self.head_part)
+        return held if isinstance(held, PackedWeight) else None
 
     def head_blocks(self) -> Iterator[tuple[int, Tensor]]:
         """The head in blocks of rows: (first row, [rows, d])."""
@@ -131,14 +150,27 @@ class Weights:
         for start in starts:
             if isinstance(held, Tensor):
                 yield held[start : start + count]
-            else:
+            elif not isinstance(held, PackedWeight):
                 rows = held.rows(slice(start, start + count)).dequantize(self.dtype)
                 yield rows.to(self.matrix_dtype)
 
-    def _read(self, key: TensorKey) -> Tensor:
+    def _read(self, key: TensorKey) -> Tensor | PackedWeight:
+        spec = self.checkpoint.infos[key].spec
+        if self.packing is None or spec is None:
+            return self._read_float(key)
+        op = "linear" if key.expert < 0 else "moe_ffn"
+        pack = choose(op, replace(self.packing, spec=spec)).pack
+        value = self.checkpoint.read(key)
+        if pack is None or isinstance(value, Tensor):
+            return self._as_float(value)
+        return pack(value)
+
+    def _read_float(self, key: TensorKey) -> Tensor:
         if key.part in _ALWAYS_FP32:
             return self.checkpoint.read_float(key, torch.float32)
-        value = self.checkpoint.read(key)
+        return self._as_float(self.checkpoint.read(key))
+
+    def _as_float(self, value: Tensor | Quantized) -> Tensor:
         if not isinstance(value, Tensor):
             value = value.dequantize(self.dtype)
         return value.to(self.matrix_dtype if value.ndim == 2 else self.dtype)

@@ -52,10 +52,12 @@ class Options:
 
     Attributes:
         flavour: "optimum" has the input ``num_logits_to_keep`` (int64 scalar, 0 = all), as
-            transformers.js feeds it; "genai" gives the last token's logits.
-        exact: compute with the very weights that are stored and fp32 activations, for proofs.
-            Otherwise 8-bit matrices, and 4-bit ones outside the experts, may round activations to
-            8 bits. 8-bit experts, for which the operator has no other way, are taken apart.
+            transformers.js feeds it, and sorts rows by expert; "genai" gives the last token's
+            logits, and has one ``QMoE`` for all quantized experts, which takes less memory but is
+            slow in onnxruntime up to 1.30.
+        exact: compute with the very weights that are stored and fp32 activations, for proofs; never
+            with ``QMoE``, which rounds them for 8 bits. Otherwise 8-bit matrices, and 4-bit ones
+            outside the experts, may round activations to 8 bits.
         routes: also give ``routes`` int64 [n, L], the class each token chose (E = skip), and
             ``route_weights`` float32 [n, L], its probability.
     """
@@ -351,18 +353,17 @@ class _Graph:
         """Router, experts and their residual; also the router's state for the next layer."""
         h = self._norm(x, TensorKey(layer, "post_attention_layernorm.weight"))
         state, probabilities = self._router(h, layer, before)
-        spec = self.specs[TensorKey(layer, places.EXPERT_PARTS[0], 0)]
         biases = self._vector(TensorKey(layer, _GATE + "balancing_biases"))
         scores = self.g.op("Add", probabilities, biases)
         choice = self.g.op("ArgMax", scores, axis=-1, keepdims=1)
-        # 8-bit experts always round activations, and float ones have no operator with a router's
-        # weights apart from its scores.
-        if isinstance(spec, QuantSpec) and not (self.options.exact and spec.bits == 8):
+        weight = self.g.op("GatherElements", probabilities, choice, axis=1)
+        spec = self._expert_spec(layer)
+        if self.options.flavour == "genai" and spec is not None and not self.options.exact:
             out = self._fused_experts(h, probabilities, scores, choice, layer, spec)
         else:
-            out = self._single_experts(h, self._weight(probabilities, choice), choice, layer)
+            out = self.g.op("Mul", self._sorted_experts(h, choice, layer), weight)
         if self.options.routes:
-            self._routes.append((choice, self._weight(probabilities, choice)))
+            self._routes.append((choice, weight))
         return self._residual(x, out, layer, "post_mlp_residual_scale"), state
 
     def _router(self, h: str, layer: int, before: str) -> tuple[str, str]:
@@ -381,10 +382,6 @@ class _Graph:
     def _router_linear(self, x: str, layer: int, name: str) -> str:
         bias = self._vector(TensorKey(layer, f"{name}.bias"))
         return self._linear(x, TensorKey(layer, f"{name}.weight"), bias)
-
-    def _weight(self, probabilities: str, choice: str) -> str:
-        """The probability of the chosen class [n, 1]."""
-        return self.g.op("GatherElements", probabilities, choice, axis=1)
 
     def _fused_experts(
         self, h: str, probabilities: str, scores: str, choice: str, layer: int, spec: QuantSpec
@@ -408,36 +405,56 @@ class _Graph:
             expert_weight_bits=spec.bits, block_size=spec.group_length(self.config.hidden),
         )  # fmt: skip
 
-    def _single_experts(self, h: str, weight: str, choice: str, layer: int) -> str:
-        """Every expert on the rows that chose it; rows that chose none stay 0."""
-        g = self.g
-        indices, outputs = [], []
-        for expert in range(self.config.experts):
-            mine = g.op("Equal", choice, g.scalar(expert, np.int64))
-            index = g.op("NonZero", g.op("Squeeze", mine, g.ints(1)))
-            indices.append(g.op("Transpose", index, perm=(1, 0)))
-            rows = g.op("GatherND", h, indices[-1])
-            outputs.append(self._expert(rows, layer, expert))
-        nothing = g.op("ConstantOfShape", g.op("Shape", h))
-        out = g.op(
-            "ScatterND", nothing, g.op("Concat", *indices, axis=0), g.op("Concat", *outputs, axis=0)
-        )
-        return g.op("Mul", out, weight)
+    def _sorted_experts(self, h: str, choice: str, layer: int) -> str:
+        """Every expert on the rows that chose it, brought together; other rows are 0.
 
-    def _expert(self, rows: str, layer: int, expert: int) -> str:
-        """``down(silu(gate) * up)`` of one expert [m, d]."""
-        g, width = self.g, self.config.expert_width
-        keys = [TensorKey(layer, part, expert) for part in places.EXPERT_PARTS]
-        spec = self.specs[keys[0]]
-        if not isinstance(spec, QuantSpec):
-            gate, up = (self._linear(rows, key) for key in keys[:2])
-            return self._linear(self._silu_product(gate, up), keys[2])
-        first, second = self._expert_arrays(layer)
-        both = self._blockwise(rows, first, spec, expert=expert)
-        both = g.op("Reshape", both, g.ints(-1, width, 2))
-        gate, up = g.ops("Split", both, out=("", ""), axis=2, num_outputs=2)
-        product = g.op("Reshape", self._silu_product(gate, up), g.ints(-1, width))
-        return self._blockwise(product, second, spec, expert=expert)
+        The skip expert is the last class, so the smallest choices are those of experts.
+        """
+        g, count = self.g, self.config.experts
+        mine = g.op("Cast", g.op("Equal", choice, g.ints(*range(count))), to=TensorProto.INT64)
+        counts = g.op("ReduceSum", mine, g.ints(0), keepdims=0)
+        _, order = g.ops(
+            "TopK", g.op("Reshape", choice, g.ints(-1)), g.op("ReduceSum", counts, keepdims=1),
+            out=("", ""), axis=0, largest=0, sorted=1,
+        )  # fmt: skip
+        rows = self._by_expert(g.op("Gather", h, order, axis=0), counts)
+        gate, up = self._gate_up(rows, layer)
+        product = self._silu_product(gate, up)
+        product = g.op("Reshape", product, g.ints(-1, self.config.expert_width))
+        out = self._per_expert(self._by_expert(product, counts), layer, places.EXPERT_PARTS[2])
+        nothing = g.op("ConstantOfShape", g.op("Shape", h))
+        return g.op("ScatterND", nothing, g.op("Unsqueeze", order, g.ints(1)), out)
+
+    def _by_expert(self, rows: str, counts: str) -> list[str]:
+        """Sorted rows, cut into those of each expert."""
+        return self.g.ops("Split", rows, counts, out=("",) * self.config.experts, axis=0)
+
+    def _gate_up(self, rows: list[str], layer: int) -> list[str]:
+        """Gate and up of sorted rows; quantized ones [m, W, 1], as their rows take turns."""
+        gate, up, _ = places.EXPERT_PARTS
+        if self._expert_spec(layer) is None:
+            return [self._per_expert(rows, layer, part) for part in (gate, up)]
+        g = self.g
+        both = g.op(
+            "Reshape", self._per_expert(rows, layer, gate), g.ints(-1, self.config.expert_width, 2)
+        )
+        return g.ops("Split", both, out=("", ""), axis=2, num_outputs=2)
+
+    def _per_expert(self, rows: list[str], layer: int, part: str) -> str:
+        """The products of each expert's rows with its matrix, one below the other.
+
+        Args:
+            part: its name; a quantized gate stands for the matrix of gate and up.
+        """
+        products = []
+        for expert, own in enumerate(rows):
+            key = TensorKey(layer, part, expert)
+            spec, arrays = self._arrays(key)
+            if spec is None:
+                products.append(self._linear(own, key))
+            else:
+                products.append(self._blockwise(own, arrays, spec, expert=expert))
+        return self.g.op("Concat", *products, axis=0)
 
     def _silu_product(self, gate: str, up: str) -> str:
         g = self.g
@@ -479,9 +496,10 @@ class _Graph:
             rest += ["", bias]
         while not rest[-1]:
             rest.pop()
+        exact = self.options.exact or (expert is not None and spec.bits == 4)
         return g.op(
             "MatMulNBits", x, weight, *rest, domain=CONTRIB, N=outputs, K=inputs, bits=spec.bits,
-            block_size=block, accuracy_level=0 if self.options.exact else _INT8,
+            block_size=block, accuracy_level=0 if exact else _INT8,
         )  # fmt: skip
 
     def _norm(self, x: str, key: TensorKey) -> str:
@@ -512,6 +530,10 @@ class _Graph:
         assert spec is None or isinstance(spec, QuantSpec)
         found = places.regions(key, spec, self.config)
         return spec, {suffix: region.array for suffix, region in found.items()}
+
+    def _expert_spec(self, layer: int) -> QuantSpec | None:
+        """How a layer's experts are quantized, which all share."""
+        return self._arrays(TensorKey(layer, places.EXPERT_PARTS[0], 0))[0]
 
     def _expert_arrays(self, layer: int) -> tuple[dict[str, Array], dict[str, Array]]:
         """The arrays of a layer's quantized experts: gate and up, down."""

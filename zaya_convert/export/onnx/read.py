@@ -7,7 +7,7 @@ model's dimensions and the recorded specs ask for, and that against the files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -157,9 +157,37 @@ def _load(folder: Path, config: ModelConfig) -> tuple[dict[TensorKey, QuantSpec 
             problems.append(f"{tensor.name!r}: {external}")
         else:
             externals[tensor.name] = external
+    externals = _joined(externals, problems)
     if problems:
         raise InputError(problems, path.name)
     return specs, _Held(externals)
+
+
+def _joined(externals: Mapping[str, _External], problems: list[str]) -> dict[str, _External]:
+    """Whole arrays, also where nodes refer to the experts in one by their numbers.
+
+    Args:
+        problems: gets those of parts that do not make up an array.
+    """
+    whole: dict[str, _External] = {}
+    parts: dict[str, dict[str, _External]] = {}
+    for name, external in externals.items():
+        array, _, number = name.rpartition(".")
+        if number.isdecimal():
+            parts.setdefault(array, {})[number] = external
+        else:
+            whole[name] = external
+    for name, experts in parts.items():
+        first = experts.get("0")
+        if first is not None and all(
+            experts.get(str(i)) == replace(first, offset=first.offset + i * first.bytes)
+            for i in range(len(experts))
+        ):
+            # whether there are enough shows in its size
+            whole[name] = replace(first, bytes=len(experts) * first.bytes)
+        else:
+            problems.append(f"{name!r}: its experts do not lie one behind the other")
+    return whole
 
 
 def _external(folder: Path, tensor: onnx.TensorProto) -> _External | str:

@@ -1,0 +1,198 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+
+namespace zk {
+namespace {
+
+constexpr int kMostThreads = 64;
+constexpr int kChunksEach = 8;      // of a thread's share, so that others can take some of them
+constexpr int kSpins = 2000;        // before a spinning thread offers its core to others
+constexpr int kBits = 20;           // of a chunk's number
+constexpr uint64_t kMask = (uint64_t{1} << kBits) - 1;
+
+void pause(int& spins) {
+    if (++spins % kSpins == 0) {
+        sched_yield();
+        return;
+    }
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+// Chunks [begin, end) of a thread's share.  The phase in the same word keeps a late thread from
+// taking a chunk of a phase whose function it has not seen.
+uint64_t share(uint64_t phase, uint64_t begin, uint64_t end) {
+    return phase << (2 * kBits) | begin << kBits | end;
+}
+
+struct alignas(64) Share {
+    std::atomic<uint64_t> word{0};
+
+    // The owner takes from the front, others from the back: one stream stays one stream.
+    int64_t take(uint64_t phase, bool front) {
+        uint64_t seen = word.load(std::memory_order_acquire);
+        for (;;) {
+            const uint64_t begin = seen >> kBits & kMask, end = seen & kMask;
+            if (seen != share(phase, begin, end) || begin >= end) return -1;
+            const uint64_t left = front ? share(phase, begin + 1, end) : share(phase, begin, end - 1);
+            if (word.compare_exchange_weak(seen, left, std::memory_order_acq_rel))
+                return static_cast<int64_t>(front ? begin : end - 1);
+        }
+    }
+};
+
+}  // namespace
+
+class Pool {
+public:
+    using Function = Team::Function;
+
+    // Starts what is missing; fewer threads where the system gives no more.
+    int open(int threads) {
+        threads = threads < kMostThreads ? threads : kMostThreads;
+        try {
+            for (; workers_ < threads - 1; workers_++)
+                std::thread(&Pool::work, this, workers_ + 1).detach();
+        } catch (const std::system_error&) {
+            threads = workers_ + 1;
+        }
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            active_.store(threads, std::memory_order_release);
+        }
+        wake_.notify_all();
+        return threads;
+    }
+
+    void close() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        active_.store(0, std::memory_order_release);
+    }
+
+    void run(int threads, int64_t count, int64_t longest, Function function, const void* body) {
+        const int64_t wanted = (count + threads * kChunksEach - 1) / (threads * kChunksEach);
+        int64_t size = wanted < longest ? wanted : longest;
+        while ((count + size - 1) / size > static_cast<int64_t>(kMask)) size *= 2;
+        const int64_t chunks = (count + size - 1) / size;
+        const uint64_t phase = (phase_.load(std::memory_order_relaxed) + 1) & kPhases;
+        function_.store(function, std::memory_order_relaxed);
+        body_.store(body, std::memory_order_relaxed);
+        count_.store(count, std::memory_order_relaxed);
+        size_.store(size, std::memory_order_relaxed);
+        pending_.store(chunks, std::memory_order_relaxed);
+        threads_.store(threads, std::memory_order_relaxed);
+        for (int t = 0; t < threads; t++)
+            shares_[t].word.store(share(phase, chunks * t / threads, chunks * (t + 1) / threads),
+                                  std::memory_order_release);
+        phase_.store(phase, std::memory_order_release);
+        help(0, phase);
+        for (int spins = 0; pending_.load(std::memory_order_acquire) != 0;) pause(spins);
+    }
+
+private:
+    static constexpr uint64_t kPhases = (uint64_t{1} << (64 - 2 * kBits)) - 1;
+
+    void work(int index) {
+        for (;;) {
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wake_.wait(lock, [&] { return active_.load() > index; });
+            }
+            uint64_t done = 0;
+            int spins = 0;
+            while (active_.load(std::memory_order_acquire) > index) {
+                const uint64_t phase = phase_.load(std::memory_order_acquire);
+                if (phase == done) {
+                    pause(spins);
+                    continue;
+                }
+                help(index, phase);
+                done = phase;
+            }
+        }
+    }
+
+    // Takes chunks of `phase` until none is left.  What is read before a chunk is taken belongs to
+    // `phase` or to a later one; in the latter case no chunk of `phase` is left to take.
+    void help(int index, uint64_t phase) {
+        const Function function = function_.load(std::memory_order_relaxed);
+        const void* body = body_.load(std::memory_order_relaxed);
+        const int64_t count = count_.load(std::memory_order_relaxed);
+        const int64_t size = size_.load(std::memory_order_relaxed);
+        const int threads = threads_.load(std::memory_order_relaxed);
+        for (int i = 0; i < threads; i++) {
+            Share& from = shares_[(index + i) % threads];
+            for (int64_t chunk; (chunk = from.take(phase, i == 0)) >= 0;) {
+                const int64_t begin = chunk * size, end = begin + size;
+                function(body, begin, end < count ? end : count);
+                pending_.fetch_sub(1, std::memory_order_release);
+            }
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::atomic<int> active_{0};  // threads of the call that is going on
+    int workers_ = 0;             // changed by the call that holds the pool
+    std::atomic<uint64_t> phase_{0};
+    std::atomic<Function> function_{nullptr};
+    std::atomic<const void*> body_{nullptr};
+    std::atomic<int64_t> count_{0}, size_{1}, pending_{0};
+    std::atomic<int> threads_{0};
+    Share shares_[kMostThreads];
+};
+
+namespace {
+
+std::atomic<Pool*> the_pool{nullptr};
+std::atomic<bool> taken{false};
+
+void forget() {
+    the_pool.store(nullptr);
+    taken.store(false);
+}
+
+// Called by the one that has `taken` the pool.
+Pool* pool() {
+    static const int registered = pthread_atfork(nullptr, nullptr, forget);
+    (void)registered;
+    if (the_pool.load() == nullptr) the_pool.store(new (std::nothrow) Pool);
+    return the_pool.load();
+}
+
+}  // namespace
+
+Team::Team(int threads) {
+    if (threads < 2 || taken.exchange(true)) return;
+    pool_ = pool();
+    if (pool_ == nullptr) taken.store(false);
+    else threads_ = pool_->open(threads);
+}
+
+Team::~Team() {
+    if (pool_ == nullptr) return;
+    pool_->close();
+    taken.store(false);
+}
+
+void Team::run(int64_t count, int64_t longest, Function function, const void* body) {
+    if (count <= 0) return;
+    if (pool_ != nullptr && threads_ > 1 && count > 1) {
+        pool_->run(threads_, count, longest, function, body);
+        return;
+    }
+    for (int64_t begin = 0; begin < count; begin += longest)
+        function(body, begin, begin + longest < count ? begin + longest : count);
+}
+
+}  // namespace zk

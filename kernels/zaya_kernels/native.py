@@ -1,0 +1,211 @@
+"""The native bodies: products on packed int4 and int8 codes, on the CPU.
+
+Two rows of the table. ``native`` sums in fp32 what the reference sums, in another order.
+``native_fast`` rounds activations to int8, 32 of them sharing a scale, and sums integers: about
+0.5 % of a product's norm, and as fast as memory is when few rows are computed.
+
+Weights are best packed once (``Row.pack``); those that are not are packed for the one call, and
+float weights go to the reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from zaya_kernels import reference
+from zaya_kernels.library import ISAS, Options, Run, check, library, load, supported_isas
+from zaya_kernels.packed import PackedWeight, pack, refusal
+from zaya_kernels.reference import Expert, Weight
+from zaya_kernels.request import Request
+from zaya_quant.qtensor import QuantTensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def can_run(request: Request) -> str | None:
+    """None, or why not."""
+    found, reason = load()
+    if found is None:
+        return reason
+    if request.spec is None:
+        return "for quantized weights only"
+    if request.device != "cpu" or request.dtype not in _DTYPES:
+        return "for fp32, bf16 and fp16 on the CPU only"
+    if request.exact:
+        return "sums in fp32"
+    if request.observed:
+        return "shows no intermediate values"
+    return refusal(request.spec)
+
+
+def can_run_fast(request: Request) -> str | None:
+    """``can_run`` where activations may be rounded."""
+    reason = can_run(request)
+    return reason if reason or request.fast else "rounds activations to int8"
+
+
+def linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    *,
+    fast: bool = False,
+    isa: str | None = None,
+) -> Tensor:
+    """``x @ weight.T + bias`` in the dtype of x; see ``reference.linear``.
+
+    Args:
+        x: [..., in].
+        weight: [out, in].
+        bias: [out] or None.
+        fast: for weights that are not packed yet.
+        isa: one of ``supported_isas``; None: the best.
+
+    Returns:
+        [..., out].
+    """
+    packed = _packed(weight, fast)
+    if packed is None:
+        return reference.linear(x, weight, bias)
+    rows, columns = packed.shape
+    if x.shape[-1] != columns:
+        raise ValueError(f"x has {x.shape[-1]} columns; the weight has {columns}")
+    source = _floats(x)
+    wide_bias = None if bias is None else _floats(bias)
+    out = torch.empty(*x.shape[:-1], rows)
+    count = out.numel() // rows if rows else 0
+    status = library().zk_linear(
+        ctypes.byref(packed.matrix),
+        source.data_ptr(),
+        count,
+        None if wide_bias is None else wide_bias.data_ptr(),
+        out.data_ptr(),
+        ctypes.byref(_options(packed.fast, isa)),
+    )
+    check(status)
+    return out.to(x.dtype)
+
+
+def moe_ffn(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    experts: Callable[[int], Expert],
+    *,
+    fast: bool = False,
+    isa: str | None = None,
+) -> Tensor:
+    """Top-1 mixture of SwiGLU experts; see ``reference.moe_ffn``.
+
+    All experts whose three matrices are packed are computed in one call.
+    """
+    order = torch.argsort(ids, stable=True)
+    used, counts = torch.unique_consecutive(ids[order], return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    found: list[tuple[Sequence[PackedWeight], int, int]] = []
+    others: dict[int, Expert] = {}
+    for expert, begin, end in zip(used.tolist(), [0, *ends], ends, strict=False):
+        if expert < 0:
+            continue
+        matrices = experts(expert)
+        packed = [p for p in (_packed(matrix, fast) for matrix in matrices) if p is not None]
+        if len(packed) == len(matrices):
+            found.append((packed, begin, end))
+        else:
+            others[expert] = matrices
+    if others:  # rare: some layers of some recipes
+        taken = torch.tensor(sorted(others))
+        out = reference.moe_ffn(
+            x, ids.masked_fill(~torch.isin(ids, taken), -1), weights, others.__getitem__
+        ).float()
+    else:
+        out = torch.zeros(x.shape)
+    for group in _alike(found):
+        _run(group, order, _floats(x), _floats(weights), out, isa)
+    return out.to(x.dtype)
+
+
+linear_fast = partial(linear, fast=True)
+moe_ffn_fast = partial(moe_ffn, fast=True)
+
+
+def with_packed(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A ``linear`` that takes packed weights, and gives others to ``body``."""
+
+    def run(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        chosen = linear if isinstance(weight, PackedWeight) else body
+        return chosen(x, weight, bias)
+
+    return run
+
+
+def _packed(weight: Weight, fast: bool) -> PackedWeight | None:
+    if isinstance(weight, QuantTensor) and refusal(weight.spec) is None:
+        return pack(weight, fast)
+    return weight if isinstance(weight, PackedWeight) else None
+
+
+_Found = tuple[Sequence[PackedWeight], int, int]
+
+
+def _alike(found: list[_Found]) -> list[list[_Found]]:
+    """Grouped by shapes and precision, which one call must share, in their order.
+
+    Groups are contiguous in the order of rows, as the library wants them.
+    """
+    groups: list[list[_Found]] = []
+    for entry in found:
+        before = groups[-1][-1] if groups else None
+        if before and before[2] == entry[1] and _kind(before) == _kind(entry):
+            groups[-1].append(entry)
+        else:
+            groups.append([entry])
+    return groups
+
+
+def _kind(entry: _Found) -> tuple[object, ...]:
+    """Tiles of two matrices differ in size where their grids do."""
+    return tuple((packed.shape, packed.fast) for packed in entry[0])
+
+
+def _run(
+    group: list[_Found], order: Tensor, x: Tensor, weights: Tensor, out: Tensor, isa: str | None
+) -> None:
+    gate, up, down = group[0][0]
+    width, hidden = x.shape[1], gate.shape[0]
+    shapes = ((hidden, width), (hidden, width), (width, hidden))
+    if (gate.shape, up.shape, down.shape) != shapes:
+        raise ValueError(
+            f"an expert's gate {gate.shape}, up {up.shape} and down {down.shape} "
+            f"do not fit rows of {width}"
+        )
+    runs = (Run * len(group))(
+        *(Run(*(packed.matrix for packed in three), begin, end) for three, begin, end in group)
+    )
+    status = library().zk_moe_ffn(
+        runs,
+        len(group),
+        order.data_ptr(),
+        x.data_ptr(),
+        weights.data_ptr(),
+        out.data_ptr(),
+        ctypes.byref(_options(gate.fast and up.fast and down.fast, isa)),
+    )
+    check(status)
+
+
+def _floats(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float32).contiguous()
+
+
+def _options(fast: bool, isa: str | None) -> Options:
+    supported = supported_isas()
+    if isa is not None and isa not in supported:
+        raise ValueError(f"this machine cannot run {isa}; it can: {', '.join(supported)}")
+    chosen = ISAS.index(isa or supported[-1])
+    return Options(int(fast), chosen, max(1, torch.get_num_threads()), 0)
