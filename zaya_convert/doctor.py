@@ -20,6 +20,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
         "transformers as an independent reference, and reading artifacts with it",
     ),
     "onnx": (("onnx", "onnxruntime"), "writing and reading ONNX, and running it"),
+    "gpu": (("triton",), "kernels for CUDA and ROCm"),
 }
 
 # What makes a difference to our code, as the kernel names it (x86 and arm)
