@@ -10,12 +10,14 @@ llama-imatrix) built in it; it never comes with this repository. MODEL is any mo
 matrix, and ours with the same calibration data; then every file is dequantized by our reader and
 compared with MODEL in float32 by one judge. For each of llama.cpp's files one of ours is made of at
 most its size (``--target-size``). ``speed`` measures both tools on the same input in turn, each run
-a fresh process, plain rounding for Q8_0 and Q4_0 and the search for Q4_K, and prints medians.
+a fresh process, plain rounding for Q8_0 and Q4_0 and the search for Q4_K, and prints medians. Ours
+ends with everything on disk, theirs with everything handed to the system.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -154,14 +156,25 @@ def _pairs(
     """What one conversion costs each tool, run after run; the first, uncounted, fills the cache."""
     for run in range(options.runs + 1):
         theirs, ours = folder / "theirs.gguf", folder / "ours.gguf"
+        _ready([plain])
         first = llama.quantize(plain, theirs, kind, options=extra)
         command = ("quantize", options.model, "--format", "gguf", "--recipe")
         recipe = folder / "recipe.toml"
+        _ready(open_model(options.model).files)
         _, second = cli(*command, recipe, "-o", ours, "--threads", llama.threads)
         theirs.unlink()
         ours.unlink()
         if run:
             yield first, second
+
+
+def _ready(inputs: Sequence[Path]) -> None:
+    """Nothing left to write of the run before, and the input in memory, for whoever runs next."""
+    os.sync()
+    for path in inputs:
+        with path.open("rb", buffering=0) as file:
+            while file.read(8 << 20):
+                pass
 
 
 def main() -> None:
