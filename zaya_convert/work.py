@@ -93,7 +93,8 @@ class Worker:
         info, spec = self.plan.source.infos[step.key], step.spec
         wider = None if spec is None else self._wider(info, spec)
         found = self._rows(step, spec, strict=wider is not None)
-        return found or self._rows(step, wider, strict=False) | {"widened": True}
+        found = found or self._rows(step, wider, strict=False) | {"widened": True}
+        return found | {"fallback": self._fallback(step)}
 
     def _rows(self, step: Step, spec: Spec | None, strict: bool) -> Record:
         """Make a step's rows on a grid; {} when it is ``strict`` and the grid too narrow."""
@@ -203,11 +204,8 @@ class Worker:
         """Write what ``quantize`` made."""
         widened = value.spec != step.spec
         narrow = not widened and _loses_bits(value)
-        needs = METHODS[step.method].needs if step.method else ""
-        if needs and not fallback and self._uncovered(step):
-            fallback = NO_TOKENS
         record = self._write(step, value, digest, widened)
-        return record | {"narrow": narrow, "fallback": fallback}
+        return record | {"narrow": narrow, "fallback": fallback or self._fallback(step)}
 
     def _known(self, step: Step) -> InputStats | None:
         stats = self.plan.stats
@@ -219,9 +217,11 @@ class Worker:
             return known
         return replace(known, second_moment=scaling.of_moments(known.second_moment))
 
-    def _uncovered(self, step: Step) -> bool:
-        method_row = METHODS[step.method]
-        return not method_row.on_prefix and self._known(step) is None
+    def _fallback(self, step: Step) -> str:
+        """Why a step that stands alone is rounded without its statistics, or ""."""
+        row = METHODS[step.method] if step.method else None
+        missing = row and row.needs and not row.on_prefix and self._known(step) is None
+        return NO_TOKENS if missing else ""
 
     def _copy(self, step: Step) -> Record:
         (region,) = step.regions.values()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nano import Nano
 from rounding import nearest
+from zaya_convert import work
 from zaya_convert.calibrate import Settings, calibrate
 from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.convert import execute
@@ -348,6 +349,19 @@ def test_second_moments_fall_back_and_flag_too(
     starved = without_tokens(routes, model.config.experts)
     assert set(artifact.manifest["calibration"]["fallback"]) == starved
     assert {name for name, value in calibrated.items() if same(value, rounded[name])} == starved
+
+
+def test_matrices_made_by_rows_flag_it_too(
+    model: Checkpoint, stats: Stats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = adjusted(for_bits(8), method="imatrix")
+    plan = replace(make_plan(model, recipe, "dense"), stats=stats)
+    execute(plan, tmp_path / "whole", threads=1)
+    monkeypatch.setattr(work, "CHUNK_BYTES", 1000)
+    execute(plan, tmp_path / "rows", threads=1)
+    whole, rows = (open_model(str(tmp_path / name)) for name in ("whole", "rows"))
+    assert whole.manifest["calibration"]["fallback"]
+    assert rows.manifest == whole.manifest
 
 
 def test_the_manifest_names_the_calibration(stats: Stats, made: Callable[[str], Path]) -> None:
