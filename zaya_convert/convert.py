@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from zaya_convert import __version__, card, equalize, manifest, publish
 from zaya_convert.checkpoint import SourceDigest
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.export import packing
-from zaya_convert.export.container import Outcome, PlannedFiles
+from zaya_convert.export.container import Container, Outcome, PlannedFiles
 from zaya_convert.layout import TensorKey
 from zaya_convert.plan import Plan, Step
 from zaya_convert.prefix import Prefix, on_prefix
@@ -106,19 +106,21 @@ def execute(
         ) as place,
         io_errors(out),
     ):
-        records = _run_steps(plan, place, threads, progress)
-        if plan.source.stamp() != stamp:
-            place.discard()
-            raise InputError("changed while it was read", plan.source.path.name)
-        digest = _source_digest(plan, records)
-        names, size = _finish(plan, place, records, digest, threads)
-        place.publish(names[0] if is_file(out) else None)
+        container = packing(plan.packing).container(plan, place.partial)
+        with closing(container.files) as files:
+            records = _run_steps(plan, place, files, threads, progress)
+            if plan.source.stamp() != stamp:
+                place.discard()
+                raise InputError("changed while it was read", plan.source.path.name)
+            digest = _source_digest(plan, records)
+            _finish(plan, place, container, records, digest, threads)
+        place.publish(files.names[0] if is_file(out) else None)
     widened, narrow = (
         tuple(key for key, record in records.items() if record.get(kind))
         for kind in ("widened", "narrow")
     )
     return Result(
-        out, size, plan.bits_per_weight, time.monotonic() - started, digest, widened, narrow,
+        out, files.bytes, plan.bits_per_weight, time.monotonic() - started, digest, widened, narrow,
         len(place.done),
     )  # fmt: skip
 
@@ -163,9 +165,10 @@ def _check_apart(plan: Plan, out: Path) -> None:
         raise UsageError(f"{out} is part of the input; it is never written to")
 
 
-def _run_steps(plan: Plan, place: Workspace, threads: int, progress: Progress) -> dict[str, Record]:
+def _run_steps(
+    plan: Plan, place: Workspace, files: PlannedFiles, threads: int, progress: Progress
+) -> dict[str, Record]:
     """Run what the journal does not vouch for; returns the records of all steps by name."""
-    files = packing(plan.packing).container(plan, place.partial).files
     run = _Run(plan, place, Worker(plan, files), Journal(place, files.descriptors), progress)
     try:
         if is_file(place.out) and len(files.names) > 1:
@@ -184,7 +187,6 @@ def _run_steps(plan: Plan, place: Workspace, threads: int, progress: Progress) -
     finally:
         run.journal.flush()
         run.journal.close()
-        files.close()
     return {str(step.key): run.records[str(step.key)] for step in plan.steps}
 
 
@@ -373,14 +375,12 @@ def _calibration(plan: Plan, records: dict[str, Record]) -> dict[str, Any] | Non
 def _finish(
     plan: Plan,
     place: Workspace,
+    container: Container,
     records: dict[str, Record],
     digest: str,
     threads: int,
-) -> tuple[list[str], int]:
-    """Headers and, in a folder, side files and the manifest; names and size of the weight files."""
-    target = packing(plan.packing)
-    container = target.container(plan, place.partial)
-    files = container.files
+) -> None:
+    """Headers and, in a folder, side files and the manifest."""
     widened = [key for key, record in records.items() if record["widened"]]
     dtypes = {
         region.array.name: "BF16"
@@ -391,11 +391,9 @@ def _finish(
     }
     checksums = tuple(d for step in plan.steps for d in records[str(step.key)]["written"])
     extra = container.finish(Outcome(digest, dtypes, checksums, tuple(widened)))
-    files.close()
     if not is_file(place.out):
-        extra |= target.files(plan)
-        _describe(plan, place, records, digest, extra, widened, files.names, threads)
-    return files.names, files.bytes
+        extra |= packing(plan.packing).files(plan)
+        _describe(plan, place, records, digest, extra, widened, container.files.names, threads)
 
 
 def _describe(

@@ -13,6 +13,7 @@ from zaya_quant.metrics import sqnr_db
 from zaya_quant.qtensor import IQ4_NL_LEVELS, BlockTensor, Quantized
 from zaya_quant.spec import BLOCK_GRIDS, BLOCK_TYPES, BlockSpec, spec_of_type
 
+# Optional by design: without a compiler there is none, and the reference gives the same bytes.
 needs_native = pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
 every_type = pytest.mark.parametrize("type", BLOCK_TYPES)
 every_grid = pytest.mark.parametrize("type", BLOCK_GRIDS)

@@ -272,6 +272,7 @@ def fork_and_compute(packed: PackedWeight, x: Tensor, wanted: Tensor) -> int:
     return status
 
 
+# A system without fork has nothing to survive.
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_after_a_fork_the_child_has_threads_of_its_own() -> None:

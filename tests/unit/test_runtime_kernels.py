@@ -170,6 +170,9 @@ def test_onednn_takes_any_shape_and_strides() -> None:
                 torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+# Optional by design: without a compiler there is none, and the table runs the reference instead.
+needs_library = pytest.mark.skipif(not library.supported_isas(), reason=library.load()[1])
+
 INT4 = QuantSpec(4, 32)
 NATIVE_CANNOT = {
     "for quantized weights only": table.Request(),
@@ -182,7 +185,7 @@ NATIVE_CANNOT = {
 }
 
 
-@pytest.mark.skipif(not library.supported_isas(), reason=library.load()[1])
+@needs_library
 @pytest.mark.parametrize("reason", NATIVE_CANNOT)
 def test_native_says_why_it_cannot_run(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     request = NATIVE_CANNOT[reason]
@@ -199,7 +202,7 @@ def test_native_says_why_it_cannot_run(reason: str, monkeypatch: pytest.MonkeyPa
         monkeypatch.delenv(table.ENVIRONMENT)
 
 
-@pytest.mark.skipif(not library.supported_isas(), reason=library.load()[1])
+@needs_library
 def test_rounded_activations_must_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in table.OPS:
         assert table.choose(op, table.Request(spec=INT4)).name == "native"
@@ -216,7 +219,7 @@ def test_without_the_library_the_reference_runs(monkeypatch: pytest.MonkeyPatch)
     assert native.can_run(table.Request(spec=INT4)) == "no library in here"
 
 
-@pytest.mark.skipif(not library.supported_isas(), reason=library.load()[1])
+@needs_library
 def test_what_cannot_be_packed() -> None:
     codes, scales = torch.full((2, 32), 9, dtype=torch.int8), torch.ones(2, 1).half()
     with pytest.raises(ValueError, match=r"4-bit codes must lie in -8\.\.7"):

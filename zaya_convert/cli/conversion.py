@@ -13,7 +13,7 @@ from zaya_convert import models
 from zaya_convert.cli.output import Output, size, table
 from zaya_convert.cli.progress import bytes_bar
 from zaya_convert.errors import UsageError
-from zaya_convert.export import FORMATS, packing
+from zaya_convert.export import DIALECTS, FORMATS, packing
 
 if TYPE_CHECKING:
     from zaya_convert.checkpoint import Checkpoint
@@ -45,7 +45,7 @@ class Writing:
         if self.packing and self.format != "safetensors":
             raise UsageError("--packing is for safetensors; GGUF has --dialect")
         if self.format == "gguf":
-            return "gguf" if self.dialect in (None, "pr23112") else f"gguf-{self.dialect}"
+            return DIALECTS[self.dialect] if self.dialect else FORMATS["gguf"][0]
         if self.dialect:
             raise UsageError("--dialect is for GGUF; give --to gguf (or --format gguf)")
         return self.packing or FORMATS[self.format][0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from zaya_convert.export import FORMATS
+from zaya_convert.export import DIALECTS, FORMATS
 from zaya_convert.recipe import parse_size
 
 
@@ -30,8 +30,6 @@ class Size(click.ParamType):
 # A string, not a Path: it may be a Hub id. The type gives file completion in the shell.
 MODEL = click.Path()
 
-_PR = "pr23112"
-
 _WRITING = (
     click.option(
         "--packing",
@@ -41,8 +39,8 @@ _WRITING = (
     ),
     click.option(
         "--dialect",
-        type=click.Choice([_PR, *(name.removeprefix("gguf-") for name in FORMATS["gguf"][1:])]),
-        help=f"Which of llama.cpp's forks a GGUF file is for [default: {_PR}].",
+        type=click.Choice(list(DIALECTS)),
+        help=f"Which of llama.cpp's forks a GGUF file is for [default: {next(iter(DIALECTS))}].",
     ),
     click.option(
         "-o",

@@ -45,10 +45,17 @@ PACKINGS = {
     "gguf-yggdrasil": "zaya_convert.export.gguf:YGGDRASIL",
 }
 
+# Dialects of GGUF, the usual one first, and the packing that writes each.
+DIALECTS = {
+    "pr23112": "gguf",
+    "combined40": "gguf-combined40",
+    "yggdrasil": "gguf-yggdrasil",
+}
+
 # File formats by name, with the packings that each has, the usual one first.
 FORMATS = {
     "safetensors": ("compressed-tensors", "auto-round", "dense"),
-    "gguf": ("gguf", "gguf-combined40", "gguf-yggdrasil"),
+    "gguf": tuple(DIALECTS.values()),
     "onnx": ("onnx",),
 }
 

@@ -129,6 +129,15 @@ class PlannedFiles:
             os.close(descriptor)
 
 
+def offsets(arrays: Sequence[Array], alignment: int = 1) -> list[int]:
+    """Where arrays begin that follow each other at multiples of the alignment."""
+    found, end = [], 0
+    for array in arrays:
+        found.append(-(-end // alignment) * alignment)
+        end = found[-1] + array.bytes
+    return found
+
+
 def split(arrays: Sequence[Array], limit: int | None) -> list[list[Array]]:
     """Arrays file by file, none larger than ``limit`` bytes unless a single array is."""
     files: list[list[Array]] = [[]]

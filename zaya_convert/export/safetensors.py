@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zaya_convert.export.arrays import Array
-from zaya_convert.export.container import Outcome, PlannedFile, PlannedFiles, split
+from zaya_convert.export.container import Outcome, PlannedFile, PlannedFiles, offsets, split
 
 if TYPE_CHECKING:
     from zaya_convert.plan import Plan
@@ -58,9 +57,8 @@ def container(plan: Plan, folder: Path) -> ShardSet:
 
 def _planned(index: int, total: int, shard: Sequence[Array]) -> PlannedFile:
     name = f"model-{index + 1:05d}-of-{total:05d}.safetensors"
-    offsets = list(accumulate((array.bytes for array in shard), initial=0))[:-1]
     start = 8 + _header_length(shard)
-    return PlannedFile("model.safetensors" if total == 1 else name, start, shard, offsets)
+    return PlannedFile("model.safetensors" if total == 1 else name, start, shard, offsets(shard))
 
 
 def _header_length(shard: Sequence[Array]) -> int:

@@ -33,7 +33,6 @@ from zaya_convert.runtime.model import PADDING, Evaluation, Output
 
 _PAST, _PRESENT = "past_key_values.", "present."
 _COLUMNS = 512  # of a sequence in one pass: bounds the memory of a long one
-_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 _UNCOPIED_KEY = "session.disable_prepacking"
 _ERRORS_ONLY = 3  # onnxruntime's log level
 
@@ -242,7 +241,7 @@ def _session(runtime: ModuleType, model: onnx.ModelProto, folder: str, mapped: b
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = _ERRORS_ONLY
-    options.add_session_config_entry(_FOLDER_KEY, folder)
+    options.add_session_config_entry(read.EXTERNAL_FOLDER, folder)
     options.add_session_config_entry(_UNCOPIED_KEY, str(int(mapped)))
     providers = ["CPUExecutionProvider"]
     with _named_errors():

@@ -17,7 +17,7 @@ from zaya_convert.config import ModelConfig
 from zaya_convert.export.arrays import Array, Region, piece_of
 from zaya_convert.export.gguf.names import DIALECTS, Dialect
 from zaya_convert.layout import TensorKey
-from zaya_quant.spec import BLOCK_TYPES, Spec, holding_type
+from zaya_quant.spec import Spec, holding_type
 
 if TYPE_CHECKING:
     import torch
@@ -111,5 +111,3 @@ class Gguf:
 PR23112, COMBINED40, YGGDRASIL = (
     Gguf(DIALECTS[name]) for name in ("pr23112", "combined40", "yggdrasil")
 )
-
-TYPES = ("F32", "F16", "BF16", *BLOCK_TYPES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,10 @@ def open_gguf(path: Path) -> Checkpoint:
     """
     folder = path if path.is_dir() else None
     file = _only_file(path) if folder else path
-    header, _ = read_gguf_set(file)
+    return _opened(path, read_gguf_set(file)[0], folder, file)
+
+
+def _opened(path: Path, header: GgufHeader, folder: Path | None, file: Path) -> Checkpoint:
     architecture = header.metadata.get("general.architecture")
     if architecture != "zaya":
         raise InputError(f"its architecture is {architecture!r}, not 'zaya'", file.name)
@@ -56,7 +60,7 @@ def open_gguf(path: Path) -> Checkpoint:
     stop = list(config.eos_ids)
     return Checkpoint(
         path, f"gguf {dialect.name}", config, {"model_type": "zaya", "eos_token_id": stop}, infos,
-        (), written or facts, _decode, extras=lambda: tokenizer.side_files(header),
+        (), written or facts, _decode, extras=cache(lambda: tokenizer.side_files(header)),
     )  # fmt: skip
 
 
@@ -69,8 +73,8 @@ def verify_file(path: Path, progress: Callable[[int], None] = lambda _: None) ->
     Raises:
         InputError: no checksums, or tensors that have changed; all of them.
     """
-    checkpoint = open_gguf(path)
     header, files = read_gguf_set(path)
+    checkpoint = _opened(path, header, None, path)
     claimed = header.metadata.get(metadata.CHECKSUMS)
     if not isinstance(claimed, list):
         raise InputError(

@@ -7,15 +7,13 @@ the same length. The last of them is of the header itself, as it is with zeros i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zaya_convert.export.arrays import Array
-from zaya_convert.export.container import Outcome, PlannedFile, PlannedFiles, split
+from zaya_convert.export.container import Outcome, PlannedFile, PlannedFiles, offsets, split
 from zaya_convert.export.gguf import metadata, tokenizer
 from zaya_convert.export.gguf.names import Dialect
-from zaya_convert.gguf_header import aligned, build_header
+from zaya_convert.gguf_header import build_header
 
 if TYPE_CHECKING:
     from zaya_convert.plan import Plan
@@ -35,7 +33,7 @@ class GgufFiles:
         self._model += metadata.model_entries(config, dialect)
         self._model += tokenizer.entries(card, config)[0]
         parts = split(plan.arrays, plan.shard_bytes)
-        self._parts = [(part, _offsets(part)) for part in parts]
+        self._parts = [(part, offsets(part, ALIGNMENT)) for part in parts]
         outcome = metadata.placeholder(plan)
         planned = [
             PlannedFile(
@@ -74,14 +72,6 @@ class GgufFiles:
             for array, offset in zip(arrays, offsets, strict=True)
         ]
         return build_header(entries, tensors, ALIGNMENT)
-
-
-def _offsets(arrays: Sequence[Array]) -> list[int]:
-    offsets, end = [], 0
-    for array in arrays:
-        offsets.append(aligned(end, ALIGNMENT))
-        end = offsets[-1] + array.bytes
-    return offsets
 
 
 def _name(index: int, total: int) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zaya_convert.config import ModelConfig
 from zaya_convert.export.arrays import Array, piece_of
-from zaya_convert.export.container import Outcome, PlannedFile, PlannedFiles, split
+from zaya_convert.export.container import Outcome, PlannedFile, PlannedFiles, offsets, split
 from zaya_convert.export.onnx import configs, graph, metadata, places
 from zaya_convert.export.onnx.builder import Located
 
@@ -65,8 +65,4 @@ def rotations(config: ModelConfig, base: float) -> tuple[Tensor, Tensor]:
 
 
 def _planned(name: str, arrays: Sequence[Array]) -> PlannedFile:
-    offsets, end = [], 0
-    for array in arrays:
-        offsets.append(-(-end // ALIGNMENT) * ALIGNMENT)
-        end = offsets[-1] + array.bytes
-    return PlannedFile(f"{configs.FOLDER}/{name}", 0, arrays, offsets)
+    return PlannedFile(f"{configs.FOLDER}/{name}", 0, arrays, offsets(arrays, ALIGNMENT))
