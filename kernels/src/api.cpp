@@ -1,24 +1,17 @@
-// Entry points: packing, and the ops in terms of tiles.
+// Entry points, and packing.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 
-#include "isa.h"
 #include "layout.h"
+#include "ops.h"
 #include "pool.h"
 #include "zaya_kernels.h"
 
 namespace zk {
 namespace {
-
-constexpr int64_t kRows = 64;               // of activations that meet a tile at once
-constexpr int64_t kTiles = 16;              // of gate before the same of up: two long streams
-constexpr int64_t kAlone = 16 << 10;        // bytes of weights that are not worth a second thread
-constexpr int64_t kAnything = int64_t{1} << 40;
-constexpr int64_t kFewRows = 4;             // are prepared faster than shared out
 
 int32_t best_isa() {
 #if defined(ZK_X86_KERNELS)
@@ -34,211 +27,7 @@ int32_t best_isa() {
     return kBase;
 }
 
-// ---- scratch memory ------------------------------------------------------------------------------
-
-// Kept by a thread from call to call: fresh pages would cost more than many a product.
-class Scratch {
-public:
-    ~Scratch() { std::free(memory_); }
-
-    char* take(int64_t bytes) {
-        if (bytes > size_) {
-            std::free(memory_);
-            size_ = 0;
-            memory_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-            if (memory_ == nullptr) throw std::bad_alloc();
-            size_ = bytes;
-        }
-        return memory_;
-    }
-
-    // Not for ever, after an uncommonly long prompt.
-    void trim() {
-        constexpr int64_t kKept = 64 << 20;
-        if (size_ <= kKept) return;
-        std::free(memory_);
-        memory_ = nullptr;
-        size_ = 0;
-    }
-
-private:
-    char* memory_ = nullptr;
-    int64_t size_ = 0;
-};
-
 thread_local Scratch scratch;
-
-constexpr int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-int64_t rows_bytes(int64_t count, int64_t columns, bool fast) {
-    const int64_t numbers = count * padded(columns);
-    const int64_t bytes = fast ? numbers / kBlock * static_cast<int64_t>(sizeof(Block)) : 4 * numbers;
-    return aligned(bytes);
-}
-
-Rows place_rows(char* memory, int64_t columns, bool fast) {
-    float* values = fast ? nullptr : reinterpret_cast<float*>(memory);
-    Block* blocks = fast ? reinterpret_cast<Block*>(memory) : nullptr;
-    return {values, blocks, padded(columns)};
-}
-
-// ---- the ops -------------------------------------------------------------------------------------
-
-// source(i) points to the i-th of `count` rows of floats.
-template <typename Source>
-void prepare(Team& team, const Kernels& kernels, bool fast, const Rows& rows, int64_t columns,
-             int64_t count, Source source) {
-    const auto body = [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++)
-            kernels.prepare(source(i), columns, fast, rows, i);
-    };
-    if (count <= kFewRows) body(0, count);
-    else team.run(count, kAnything, body);
-}
-
-int threads_for(const Options& options, int64_t bytes) {
-    return bytes <= kAlone ? 1 : options.threads;
-}
-
-// body(tile, tiles, start, count) for two tiles at a time, or one, and rows in handfuls.
-template <typename Body>
-void in_pairs(int64_t begin, int64_t end, int64_t count, Body body) {
-    for (int64_t tile = begin; tile < end; tile += 2)
-        for (int64_t start = 0; start < count; start += kRows)
-            body(tile, std::min<int64_t>(2, end - tile), start, std::min(kRows, count - start));
-}
-
-// body(row, first, lanes, values) for each row of each tile's part of the result: `lanes` columns
-// from `first` on.
-template <typename Body>
-void each_row(int64_t width, int64_t tile, int64_t count_of_tiles, int64_t rows, const float* part,
-              Body body) {
-    for (int64_t t = 0; t < count_of_tiles; t++) {
-        const int64_t first = (tile + t) * kTile;
-        const int64_t lanes = std::min<int64_t>(kTile, width - first);
-        for (int64_t i = 0; i < rows; i++, part += kTile) body(i, first, lanes, part);
-    }
-}
-
-void linear(const Matrix& matrix, const float* x, int64_t count, const float* bias, float* out,
-            const Options& options) {
-    const Kernels kernels = kernels_of(options.isa);
-    const bool fast = options.fast != 0;
-    const int64_t columns = matrix.columns;
-    const Rows rows = place_rows(scratch.take(rows_bytes(count, columns, fast)), columns, fast);
-    Team team(threads_for(options, tiles(matrix) * tile_bytes(matrix)));
-    prepare(team, kernels, fast, rows, columns, count, [&](int64_t i) { return x + i * columns; });
-    team.run(tiles(matrix), kAnything, [&](int64_t begin, int64_t end) {
-        in_pairs(begin, end, count, [&](int64_t tile, int64_t pair, int64_t start, int64_t some) {
-            alignas(64) float part[2 * kRows * kTile];
-            kernels.multiply(matrix, tile, pair, fast, rows, start, some, part);
-            each_row(matrix.rows, tile, pair, some, part,
-                     [&](int64_t i, int64_t first, int64_t lanes, const float* from) {
-                         float* target = out + (start + i) * matrix.rows + first;
-                         for (int64_t lane = 0; lane < lanes; lane++)
-                             target[lane] = from[lane] + (bias ? bias[first + lane] : 0.0f);
-                     });
-        });
-    });
-}
-
-// The rows of all runs, one run after the other.
-struct Experts {
-    const Run* runs;
-    int64_t count;
-    const int64_t* order;
-
-    int64_t first() const { return runs[0].begin; }
-    int64_t rows() const { return runs[count - 1].end - runs[0].begin; }
-
-    // body(run, begin, end) for the parts of a range of tiles, `each` of them a run.
-    template <typename Body>
-    void split(int64_t begin, int64_t end, int64_t each, Body body) const {
-        while (begin < end) {
-            const int64_t run = begin / each, stop = std::min(end, (run + 1) * each);
-            body(runs[run], begin - run * each, stop - run * each);
-            begin = stop;
-        }
-    }
-};
-
-// silu(gate x) * up x of a run's rows, for some tiles: hidden [rows, width].
-void gate_up(const Kernels& kernels, bool fast, const Run& run, int64_t begin, int64_t end,
-             int64_t origin, const Rows& rows, float* hidden, int64_t width) {
-    // Few rows: many tiles of gate, then the same of up.  Many rows: weights matter less.
-    alignas(64) float gate[2 * kRows * kTile], up[2 * kRows * kTile];
-    const int64_t count = run.end - run.begin, first = run.begin - origin;
-    const int64_t group = count <= kFewRows ? kTiles : 2;
-    for (; begin < end; begin += group) {
-        const int64_t stop = std::min(begin + group, end);
-        for (int64_t start = 0; start < count; start += kRows) {
-            const int64_t some = std::min(kRows, count - start), at = first + start;
-            for (int64_t tile = begin; tile < stop; tile += 2)
-                kernels.multiply(run.gate, tile, std::min<int64_t>(2, stop - tile), fast, rows, at,
-                                 some, gate + (tile - begin) * some * kTile);
-            for (int64_t tile = begin; tile < stop; tile += 2) {
-                const int64_t pair = std::min<int64_t>(2, stop - tile);
-                float* own = gate + (tile - begin) * some * kTile;
-                kernels.multiply(run.up, tile, pair, fast, rows, at, some, up);
-                kernels.swiglu(own, up, pair * some);
-                each_row(width, tile, pair, some, own,
-                         [&](int64_t i, int64_t column, int64_t lanes, const float* from) {
-                             std::memcpy(hidden + (at + i) * width + column, from, 4 * lanes);
-                         });
-            }
-        }
-    }
-}
-static_assert(kTiles * kFewRows <= 2 * kRows, "gate holds either");
-
-void down(const Kernels& kernels, bool fast, const Run& run, int64_t begin, int64_t end,
-          int64_t origin, const Rows& rows, const int64_t* order, const float* weights,
-          float* out) {
-    const int64_t count = run.end - run.begin, width = run.down.rows;
-    in_pairs(begin, end, count, [&](int64_t tile, int64_t pair, int64_t start, int64_t some) {
-        alignas(64) float part[2 * kRows * kTile];
-        const int64_t at = run.begin - origin + start;
-        kernels.multiply(run.down, tile, pair, fast, rows, at, some, part);
-        each_row(width, tile, pair, some, part,
-                 [&](int64_t i, int64_t first, int64_t lanes, const float* from) {
-                     const int64_t row = order[run.begin + start + i];
-                     for (int64_t lane = 0; lane < lanes; lane++)
-                         out[row * width + first + lane] = from[lane] * weights[row];
-                 });
-    });
-}
-
-void moe_ffn(const Experts& experts, const float* x, const float* weights, float* out,
-             const Options& options) {
-    const Kernels kernels = kernels_of(options.isa);
-    const bool fast = options.fast != 0;
-    const Matrix &gate = experts.runs[0].gate, &last = experts.runs[0].down;
-    const int64_t count = experts.rows(), origin = experts.first(), columns = gate.columns;
-    const int64_t width = tiles(gate) * kTile;
-    const int64_t input_bytes = rows_bytes(count, columns, fast);
-    const int64_t hidden_bytes = aligned(4 * count * width);
-    char* memory = scratch.take(input_bytes + hidden_bytes +
-                                rows_bytes(count, last.columns, fast));
-    const Rows inputs = place_rows(memory, columns, fast);
-    float* hidden = reinterpret_cast<float*>(memory + input_bytes);
-    const Rows middle = place_rows(memory + input_bytes + hidden_bytes, last.columns, fast);
-
-    Team team(threads_for(options, experts.count * tiles(gate) * tile_bytes(gate)));
-    prepare(team, kernels, fast, inputs, columns, count,
-            [&](int64_t i) { return x + experts.order[origin + i] * columns; });
-    team.run(experts.count * tiles(gate), kAnything, [&](int64_t begin, int64_t end) {
-        experts.split(begin, end, tiles(gate), [&](const Run& run, int64_t from, int64_t to) {
-            gate_up(kernels, fast, run, from, to, origin, inputs, hidden, width);
-        });
-    });
-    prepare(team, kernels, fast, middle, last.columns, count,
-            [&](int64_t i) { return hidden + i * width; });
-    team.run(experts.count * tiles(last), kAnything, [&](int64_t begin, int64_t end) {
-        experts.split(begin, end, tiles(last), [&](const Run& run, int64_t from, int64_t to) {
-            down(kernels, fast, run, from, to, origin, middle, experts.order, weights, out);
-        });
-    });
-}
 
 // ---- packing -------------------------------------------------------------------------------------
 
@@ -311,7 +100,7 @@ ZK_EXPORT int32_t zk_best_isa() { return zk::best_isa(); }
 
 // Bytes that `data` must have room for; whatever it points to is not looked at.
 ZK_EXPORT int64_t zk_packed_bytes(const zk::Matrix* matrix) {
-    return zk::tiles(*matrix) * zk::tile_bytes(*matrix);
+    return zk::packed_bytes(*matrix);
 }
 
 // codes [rows, columns] int8, scales [rows, groups] of the scale type, into matrix->data.
@@ -354,7 +143,8 @@ ZK_EXPORT uint64_t zk_read(const void* data, int64_t bytes, int32_t threads) {
 ZK_EXPORT int32_t zk_linear(const zk::Matrix* matrix, const float* x, int64_t count,
                             const float* bias, float* out, const zk::Options* options) {
     try {
-        zk::linear(*matrix, x, count, bias, out, *options);
+        zk::Team team(zk::threads_for(*options, zk::packed_bytes(*matrix)));
+        zk::linear(team, zk::scratch, *matrix, x, count, bias, out, *options);
         zk::scratch.trim();
     } catch (const std::bad_alloc&) {
         return zk::kNoMemory;
@@ -370,7 +160,9 @@ ZK_EXPORT int32_t zk_moe_ffn(const zk::Run* runs, int64_t count, const int64_t* 
                              const zk::Options* options) {
     if (count == 0) return zk::kOk;
     try {
-        zk::moe_ffn({runs, count, order}, x, weights, out, *options);
+        const int64_t bytes = count * zk::packed_bytes(runs[0].gate);
+        zk::Team team(zk::threads_for(*options, bytes));
+        zk::moe_ffn(team, zk::scratch, {runs, count, order}, x, weights, out, *options);
         zk::scratch.trim();
     } catch (const std::bad_alloc&) {
         return zk::kNoMemory;

@@ -35,6 +35,7 @@ inline int64_t panel_bytes(const Matrix& m) {
     return kBlocks * block_bytes(m.bits) + kPanel / m.group * kTile * scale_bytes(m.scale_type);
 }
 inline int64_t tile_bytes(const Matrix& m) { return panels(m) * panel_bytes(m); }
+inline int64_t packed_bytes(const Matrix& m) { return tiles(m) * tile_bytes(m); }
 
 // Of a column within a panel: its word, counted in lanes of 16 rows, and the bits in it.
 inline int64_t code_word(int32_t bits, int64_t column) { return column / (32 / bits); }
