@@ -18,6 +18,7 @@ from zaya_quant.spec import QuantSpec, Spec
 _SCALE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 BITS = (4, 8)
 GROUPS = (32, 64, 128)
+ALIGNMENT = 64
 
 
 def refusal(spec: Spec) -> str | None:
@@ -32,34 +33,36 @@ def refusal(spec: Spec) -> str | None:
 
 
 class PackedWeight:
-    """A packed matrix; make one with ``pack``.
+    """A packed matrix; make one with ``pack``, or over ``data`` that was packed before.
 
     Attributes:
         shape: ``(out, in)``.
         spec: of the matrix it was made from.
         fast: whether products with it may round activations to int8.
+        data: the bytes, uint8 [nbytes], aligned to 64.
         matrix: what the library's functions take.
     """
 
-    def __init__(self, value: QuantTensor, fast: bool) -> None:
-        self.shape, self.spec, self.fast = value.shape, value.spec, fast
-        rows, columns = value.shape
-        scale_type = _SCALE_CODES[value.spec.scale_dtype]
-        self.matrix = Matrix(
-            None, rows, columns, value.spec.bits, value.spec.group_size, scale_type
-        )
+    def __init__(
+        self, shape: tuple[int, int], spec: QuantSpec, fast: bool, data: Tensor | None = None
+    ) -> None:
+        self.shape, self.spec, self.fast = shape, spec, fast
+        scale_type = _SCALE_CODES[spec.scale_dtype]
+        self.matrix = Matrix(None, *shape, spec.bits, spec.group_size, scale_type)
         size = library().zk_packed_bytes(ctypes.byref(self.matrix))
-        self._data = torch.empty(size, dtype=torch.uint8)  # torch aligns to 64 bytes
-        self.matrix.data = self._data.data_ptr()
-        codes, scales = value.codes.contiguous(), value.scales.contiguous()
-        library().zk_pack(
-            ctypes.byref(self.matrix), codes.data_ptr(), scales.data_ptr(), torch.get_num_threads()
-        )
+        # torch aligns to 64 bytes
+        self.data = torch.empty(size, dtype=torch.uint8) if data is None else data
+        if self.data.numel() != size or self.data.data_ptr() % ALIGNMENT:
+            raise ValueError(
+                f"{spec.label} {list(shape)} takes {size} bytes aligned to {ALIGNMENT}; "
+                f"{self.data.numel()} are given"
+            )
+        self.matrix.data = self.data.data_ptr()
 
     @property
     def nbytes(self) -> int:
         """Size in memory."""
-        return self._data.numel()
+        return self.data.numel()
 
     def rows(self, ids: Tensor) -> Tensor:
         """The given rows [n] as fp32 [n, in]; the caller has checked that they exist."""
@@ -85,7 +88,12 @@ def pack(value: Quantized, fast: bool = False) -> PackedWeight:
     if reason is not None or not isinstance(value, QuantTensor):
         raise ValueError(f"cannot pack {value.spec.label}: {reason}")
     value.validate_codes()  # a code of too many bits would change its neighbours
-    return PackedWeight(value, fast)
+    packed = PackedWeight(value.shape, value.spec, fast)
+    codes, scales = value.codes.contiguous(), value.scales.contiguous()
+    library().zk_pack(
+        ctypes.byref(packed.matrix), codes.data_ptr(), scales.data_ptr(), torch.get_num_threads()
+    )
+    return packed
 
 
 def pack_fast(value: Quantized) -> PackedWeight:
