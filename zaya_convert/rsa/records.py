@@ -1,0 +1,160 @@
+"""A run on disk: a JSON Lines file that grows by whole rounds, and from which a run goes on.
+
+The first line says what the run is of; a run that differs in any of it is refused. Then come the
+candidates, one a line, each round closed by a line that says so. Lines behind the last such line
+are of a round that was interrupted, and are dropped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from zaya_convert import __version__
+from zaya_convert.errors import InputError, OutputError, OutputExistsError
+from zaya_convert.rsa.loop import Candidate, Round
+
+SCHEMA = 1
+
+
+@dataclass
+class RunFile:
+    """An open file of a run.
+
+    Attributes:
+        rounds: those it held when it was opened.
+    """
+
+    path: Path
+    rounds: list[Round] = field(default_factory=list)
+    _file: IO[bytes] | None = None
+
+    def append(self, found: Round) -> None:
+        """Add one round: all of it is on disk when this returns, or none of it counts."""
+        assert self._file is not None
+        rows = [candidate.to_dict() for row in found for candidate in row]
+        rows.append({"end_of_round": len(self.rounds), "candidates": len(rows)})
+        data = b"".join(_line(row) for row in rows)
+        try:
+            self._file.write(data)
+            self._file.flush()
+            os.fdatasync(self._file.fileno())
+        except OSError as error:
+            raise OutputError(f"{self.path}: {error.strerror}") from None
+        self.rounds.append(found)
+
+
+def header(
+    settings: Mapping[str, Any], *, seed: int, problems: str, model: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What determines a run.
+
+    Args:
+        problems: their digest.
+        model: what says which model it is, and what computes it.
+    """
+    return {
+        "schema": SCHEMA, "kind": "markovian-rsa", "version": __version__, "seed": seed,
+        "problems": problems, "model": dict(model), "settings": dict(settings),
+    }  # fmt: skip
+
+
+@contextmanager
+def open_run(
+    path: Path, head: Mapping[str, Any], *, resume: bool, overwrite: bool = False
+) -> Iterator[RunFile]:
+    """Open the file of a run for appending, locked against other runs.
+
+    Raises:
+        OutputExistsError: it exists, and is neither to be resumed nor replaced; or it is in use.
+        InputError: it is to be resumed, but is of another run or damaged.
+        OutputError: it cannot be written.
+    """
+    if path.exists() and not (resume or overwrite):
+        raise OutputExistsError(f"{path} exists; --resume continues it, --overwrite replaces it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputExistsError(f"{path} is being written by another run") from None
+            if overwrite and not resume:
+                file.truncate(0)
+            rounds, end = _read(path, head)
+            file.truncate(end)
+            if not end:
+                file.write(_line(head))
+                file.flush()
+            yield RunFile(path, rounds, file)
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror or error}") from None
+
+
+def read_run(path: Path) -> tuple[dict[str, Any], list[Round]]:
+    """The header and the whole rounds of a file."""
+    lines = path.read_bytes().split(b"\n")
+    rounds, _ = _rounds(path, lines)
+    return json.loads(lines[0]), rounds
+
+
+def _read(path: Path, head: Mapping[str, Any]) -> tuple[list[Round], int]:
+    """Whole rounds of a file, and where they end; nothing for a file without a whole header."""
+    data = path.read_bytes()
+    if b"\n" not in data:
+        return [], 0
+    lines = data.split(b"\n")
+    try:
+        there = json.loads(lines[0])
+    except ValueError:
+        there = None
+    if not isinstance(there, dict) or there.get("kind") != head["kind"]:
+        raise InputError("is no file of a Markovian RSA run", str(path))
+    different = list(_differences(there, json.loads(json.dumps(head))))
+    if different:
+        raise InputError(
+            [*different, "a run can only be resumed as it was begun; name another file"], str(path)
+        )
+    return _rounds(path, lines)
+
+
+def _rounds(path: Path, lines: Sequence[bytes]) -> tuple[list[Round], int]:
+    rounds: list[Round] = []
+    end = position = len(lines[0]) + 1
+    open_round: list[Candidate] = []
+    for number, line in enumerate(lines[1:-1], 2):  # what follows the last line break is torn
+        position += len(line) + 1
+        try:
+            row = json.loads(line)
+            if "end_of_round" not in row:
+                open_round.append(Candidate.from_dict(row))
+                continue
+            if (row["end_of_round"], row["candidates"]) != (len(rounds), len(open_round)):
+                raise InputError("a round is not whole", f"{path}:{number}")
+        except (ValueError, KeyError, TypeError):
+            raise InputError("is damaged", f"{path}:{number}") from None
+        by_problem: dict[int, list[Candidate]] = {}
+        for candidate in open_round:
+            by_problem.setdefault(candidate.problem, []).append(candidate)
+        rounds.append([by_problem[index] for index in sorted(by_problem)])
+        open_round, end = [], position
+    return rounds, end
+
+
+def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+    """Where two headers differ, one line each."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in {**there, **here}:
+            yield from _differences(there.get(key), here.get(key), f"{name}.{key}".strip("."))
+    elif there != here:
+        yield f"{name}: {there!r} there, {here!r} here"
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
