@@ -113,9 +113,23 @@ def _native() -> dict[str, Any]:
 
 
 def _kernels() -> list[dict[str, str]]:
+    """Every kernel of every op, for float weights and for quantized ones where they could run."""
     try:
-        from zaya_kernels.table import explain
+        import torch
 
-        return [{"op": op, "kernel": name, "status": why} for op, name, why in explain()]
+        from zaya_kernels.table import Request, explain
+        from zaya_quant.spec import QuantSpec
+
+        devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        int4 = {"dtype": torch.bfloat16, "spec": QuantSpec(4, 32), "fast": True}
+        requests = {"float32 on the cpu": Request()} | {
+            f"int4 in bfloat16 on the {device}": Request(device=device, **int4)
+            for device in devices
+        }
+        return [
+            {"op": op, "kernel": name, "weights": weights, "status": why}
+            for weights, request in requests.items()
+            for op, name, why in explain(request)
+        ]
     except (ImportError, ValueError) as error:  # ValueError: the environment forces a bad one
-        return [{"op": "all", "kernel": "none", "status": str(error)}]
+        return [{"op": "all", "kernel": "none", "weights": "all", "status": str(error)}]

@@ -13,11 +13,11 @@ BITS = (4, 8)
 GROUPS = (128, 64, 32)
 
 
-def common(spec: Spec) -> QuantSpec | None:
+def common(spec: Spec | None) -> QuantSpec | None:
     """The grid of 4 or 8 bits in groups of 32, 64 or 128 that holds another one's values.
 
     Narrow codes fit wider ones as they are, and a long group is several that share its scale.
-    None where there is no such grid: groups of 16, ggml's other block types.
+    None where there is no such grid: groups of 16, ggml's other block types, floats.
     """
     if not isinstance(spec, QuantSpec):
         return None
@@ -28,11 +28,15 @@ def common(spec: Spec) -> QuantSpec | None:
     return replace(spec, bits=next(bits for bits in BITS if bits >= spec.bits), group_size=group)
 
 
-def to_common(value: Quantized) -> QuantTensor | None:
-    """The same values on the grid of ``common``, or None."""
+def to_common(value: Quantized) -> QuantTensor:
+    """The same values on the grid of ``common``.
+
+    Raises:
+        ValueError: there is none.
+    """
     spec = common(value.spec)
     if spec is None or not isinstance(value, QuantTensor):
-        return None
+        raise ValueError(f"kernels have no grid for {value.spec.label}")
     if spec == value.spec:
         return value
     columns = value.shape[1]

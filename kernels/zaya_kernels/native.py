@@ -21,7 +21,7 @@ from zaya_kernels import reference
 from zaya_kernels.library import ISAS, Options, Run, check, library, load, supported_isas
 from zaya_kernels.packed import PackedWeight, pack, refusal
 from zaya_kernels.reference import Expert, Weight
-from zaya_kernels.request import Request
+from zaya_kernels.request import TILES, Request
 from zaya_quant.qtensor import QuantTensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,7 +32,7 @@ def can_run(request: Request) -> str | None:
     found, reason = load()
     if found is None:
         return reason
-    if request.spec is None:
+    if request.spec is None and request.layout != TILES:
         return "for quantized weights only"
     if request.device != "cpu" or request.dtype not in _DTYPES:
         return "for fp32, bf16 and fp16 on the CPU only"
@@ -40,7 +40,7 @@ def can_run(request: Request) -> str | None:
         return "sums in fp32"
     if request.observed:
         return "shows no intermediate values"
-    return refusal(request.spec)
+    return None if request.spec is None else refusal(request.spec)
 
 
 def can_run_fast(request: Request) -> str | None:
@@ -128,6 +128,13 @@ def moe_ffn(
     for group in _alike(found):
         _run(group, order, _floats(x), _floats(weights), out, isa)
     return out.to(x.dtype)
+
+
+def embedding(ids: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Rows of a matrix; see ``reference.embedding``."""
+    if not isinstance(weight, PackedWeight):
+        return reference.embedding(ids, weight, dtype)
+    return weight.rows(ids).to(dtype)
 
 
 linear_fast = partial(linear, fast=True)

@@ -51,12 +51,13 @@ class PackedWeight:
         self.matrix = Matrix(None, *shape, spec.bits, spec.group_size, scale_type)
         size = library().zk_packed_bytes(ctypes.byref(self.matrix))
         # torch aligns to 64 bytes
-        self.data = torch.empty(size, dtype=torch.uint8) if data is None else data
-        if self.data.numel() != size or self.data.data_ptr() % ALIGNMENT:
+        data = torch.empty(size, dtype=torch.uint8) if data is None else data
+        if len(data) < size or data.data_ptr() % ALIGNMENT:
             raise ValueError(
                 f"{spec.label} {list(shape)} takes {size} bytes aligned to {ALIGNMENT}; "
-                f"{self.data.numel()} are given"
+                f"there are {len(data)} at {data.data_ptr():#x}"
             )
+        self.data = data[:size]
         self.matrix.data = self.data.data_ptr()
 
     @property

@@ -9,16 +9,19 @@ the order of summation, so a row's result does not depend on how many rows stand
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from zaya_kernels.packed import PackedWeight
-from zaya_quant.qtensor import Quantized
+from zaya_quant.qtensor import BlockTensor, Quantized, QuantTensor
 
-Weight = Tensor | Quantized | PackedWeight
+if TYPE_CHECKING:
+    from zaya_kernels.triton.layout import Packed
+
+Weight: TypeAlias = "Tensor | Quantized | PackedWeight | Packed"
 
 # Rows of one expert computed at once. It bounds the intermediate [rows, 2F] when routing is skewed.
 ROWS = 4096
@@ -55,6 +58,26 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     matrix = dense(weight, x.dtype)
     wide_bias = None if bias is None else bias.to(matrix.dtype)
     return F.linear(x.to(matrix.dtype), matrix, wide_bias).to(x.dtype)
+
+
+def embedding(ids: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Rows of a matrix.
+
+    Args:
+        ids: [n] integers, each the number of a row.
+        weight: [rows, columns].
+        dtype: of the result.
+
+    Returns:
+        [n, columns].
+    """
+    if isinstance(weight, Tensor):
+        return weight[ids].to(dtype)
+    if isinstance(weight, PackedWeight):
+        return weight.rows(ids).to(dtype)
+    if isinstance(weight, QuantTensor | BlockTensor):
+        return weight.rows(ids).dequantize(dtype)
+    return weight.select(ids).dequantize(dtype)
 
 
 def moe_ffn(

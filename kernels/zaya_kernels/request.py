@@ -10,6 +10,9 @@ import torch
 if TYPE_CHECKING:
     from zaya_quant.spec import Spec
 
+# How weights may lie: as the native kernels read them, as the Triton kernels do, as floats.
+TILES, WORDS, FLOATS = "tiles", "words", "floats"
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -22,6 +25,8 @@ class Request:
         observed: whether the caller watches intermediate values (calibration).
         exact: whether a row's result may not depend on the rows beside it (float64 weights).
         fast: whether activations may be rounded to int8 for products with quantized weights.
+        layout: how the weights lie, "" as logical values. With ``TILES`` and no ``spec`` they are
+            of several grids, and floats among them.
     """
 
     dtype: torch.dtype = torch.float32
@@ -30,3 +35,4 @@ class Request:
     observed: bool = False
     exact: bool = False
     fast: bool = False
+    layout: str = ""

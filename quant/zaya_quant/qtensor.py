@@ -65,7 +65,7 @@ class QuantTensor:
         scales = self.scales.to(torch.float32)
         return (values * expand_groups(scales, self.spec, self.shape[1])).to(dtype)
 
-    def rows(self, part: slice) -> QuantTensor:
+    def rows(self, part: slice | Tensor) -> QuantTensor:
         """Some rows."""
         zeros = None if self.zeros is None else self.zeros[part]
         return QuantTensor(self.codes[part], self.scales[part], zeros, self.spec)
@@ -173,7 +173,7 @@ class BlockTensor:
             values += bases.unsqueeze(2)
         return values.flatten(1).to(dtype)
 
-    def rows(self, part: slice) -> BlockTensor:
+    def rows(self, part: slice | Tensor) -> BlockTensor:
         """Some rows."""
         tensors = (self.codes, self.scales, self.offsets, self.sub_scales, self.sub_mins)
         return BlockTensor(*(None if t is None else t[part] for t in tensors), self.spec)  # type: ignore[arg-type]

@@ -45,7 +45,7 @@ def test_doctor(process: Callable[..., Run]) -> None:
     assert facts["cpu"]["cores"] >= 1
     assert facts["devices"][0]["name"] == "cpu"
     assert facts["native"]["detail"]
-    assert all({"op", "kernel", "status"} == set(row) for row in facts["kernels"])
+    assert all({"op", "kernel", "weights", "status"} == set(row) for row in facts["kernels"])
     assert any(row["status"] == "in use" for row in facts["kernels"])
 
 

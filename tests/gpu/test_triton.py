@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tolerances
-from zaya_kernels import table
+from zaya_kernels import ops, table
 from zaya_kernels.reference import Expert, dense
 from zaya_kernels.triton import configs, launch, layout
 from zaya_quant.affine import quantize_affine
@@ -222,6 +222,27 @@ def test_bodies_of_the_table_with_shipped_tiles(
     torch.testing.assert_close(
         launch.linear(x, weight), table.OPS["linear"][-1].body(x, weight), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("count", [1, 20])
+@pytest.mark.parametrize("spec", [QuantSpec(3, -1), QuantSpec(8, 64, False)], ids=str)
+def test_torch_ops_take_the_kernels(spec: QuantSpec, count: int) -> None:
+    request = table.Request(torch.float32, DEVICE.type)
+    three = [[matrix(ROWS, ROWS, spec, 3 * e + i) for i in range(3)] for e in range(EXPERTS)]
+    ((_, packed),) = ops.pack_experts(three, request)
+    head = ops.pack(three[0][0], request)
+    assert packed.gate_up.held_as == head.form.held_as == "words"
+    assert table.choose("moe_ffn", replace(request, spec=head.form.spec)).name == "triton"
+    x, ids, shares = draw(count, ROWS, seed=0), routing(count), draw(count, seed=3).abs()
+    ids[ids == EXPERTS] = -1
+    arguments = (x, ids, shares, packed.tensors, packed.gate_up, packed.down)
+    found = torch.ops.zaya.moe_ffn(*arguments)
+    wanted = table.OPS["moe_ffn"][-1].body(x, ids, shares, lambda e: Expert(*three[e]))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    found = torch.ops.zaya.linear(x, head.tensors, head.form, None)
+    wanted = table.OPS["linear"][-1].body(x, three[0][0])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.library.opcheck(torch.ops.zaya.moe_ffn.default, arguments)
 
 
 def test_real_size() -> None:

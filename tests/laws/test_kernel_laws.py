@@ -55,7 +55,12 @@ def moe_case(count: int, spec: QuantSpec | None, dtype: torch.dtype) -> tuple[ob
     return activations(count, WIDTH, dtype), ids, shares, bank(spec, dtype)
 
 
-CASES = {"linear": linear_case, "moe_ffn": moe_case}
+def embedding_case(count: int, spec: QuantSpec | None, dtype: torch.dtype) -> tuple[object, ...]:
+    ids = torch.randint(HIDDEN, (count,), generator=torch.Generator().manual_seed(count))
+    return ids, weight(HIDDEN, WIDTH, spec, dtype, 0), dtype
+
+
+CASES = {"linear": linear_case, "moe_ffn": moe_case, "embedding": embedding_case}
 
 
 def test_every_op_has_a_case() -> None:

@@ -204,7 +204,7 @@ def test_native_says_why_it_cannot_run(reason: str, monkeypatch: pytest.MonkeyPa
 
 @needs_library
 def test_rounded_activations_must_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for op in table.OPS:
+    for op in ("linear", "moe_ffn"):
         assert table.choose(op, table.Request(spec=INT4)).name == "native"
         assert table.choose(op, table.Request(spec=INT4, fast=True)).name == "native_fast"
         monkeypatch.setenv(table.ENVIRONMENT, "native")
@@ -231,5 +231,23 @@ def test_what_cannot_be_packed() -> None:
 def test_an_unknown_kernel_is_a_usage_error(nano: Nano, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(nano())
     monkeypatch.setenv(table.ENVIRONMENT, "warp")
-    with pytest.raises(UsageError, match="ZAYA_KERNELS=warp: linear has no such kernel"):
+    with pytest.raises(UsageError, match="warp: there is no such kernel; there are native"):
         Model(source)
+
+
+def test_a_forced_kernel_leaves_ops_that_have_none_by_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(table.ENVIRONMENT, "onednn")
+    assert table.choose("moe_ffn", table.Request()).name == "reference"
+
+
+def test_packed_weights_go_to_rows_that_read_them() -> None:
+    for layout, name in (("tiles", "native"), ("words", "triton"), ("floats", "onednn")):
+        request = table.Request(spec=INT4, layout=layout)
+        for rows in table.OPS.values():
+            for row in rows:
+                refused = row.refusal(request) or ""
+                assert ("these weights lie as" in refused) == (
+                    row.name != "reference" and not row.name.startswith(name)
+                )

@@ -34,7 +34,8 @@ def _text(facts: dict[str, Any]) -> str:
         *(("device " + device["name"], _device(device)) for device in facts["devices"]),
         ("quantizer", f"native code, {native['isa']}" if native["available"]
          else f"torch reference: {native['detail']}"),
-        *((f"kernel {row['op']}", f"{row['kernel']}: {row['status']}") for row in facts["kernels"]),
+        *((f"kernel {row['op']}", f"{row['weights']}, {row['kernel']}: {row['status']}")
+          for row in facts["kernels"]),
         ("bundled model", "yes" if facts["bundled_checkpoint"] else "MISSING: name a MODEL"),
         ("recipes", ", ".join(facts["recipes"]) or "MISSING"),
         ("free disk here", size(facts["free_bytes"])),

@@ -28,7 +28,7 @@ from zaya_convert.runtime.router import Routing, rms_norm, route
 from zaya_convert.runtime.weights import Parts, Weights
 from zaya_kernels import native
 from zaya_kernels.reference import Expert
-from zaya_kernels.table import Request, choose
+from zaya_kernels.table import TILES, Request, choose
 
 # (layer, site, rows [m, in], expert): what the projections of a site receive, padding left out.
 # Sites: "qkv_proj", "o_proj" (expert -1); "gate_up_proj", "down_proj" (rows of that expert only;
@@ -102,7 +102,8 @@ class Model:
             raise UsageError(str(error)) from None
         packing = request if fast and resident and not exact else None
         if packing is not None:
-            self._linear, self._moe = native.with_packed(self._linear), native.moe_ffn
+            self._linear = native.with_packed(self._linear)
+            self._moe = choose("moe_ffn", replace(request, layout=TILES)).body
         self.weights = Weights(checkpoint, dtype, self.wide, resident, packing)
 
     def new_cache(self) -> Cache:

@@ -18,12 +18,14 @@ from zaya_convert.checkpoint import Checkpoint, Piece, torch_dtype
 from zaya_convert.errors import InputError
 from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_convert.runtime.inputs import check_ids
+from zaya_kernels.grids import common, to_common
 from zaya_kernels.packed import PackedWeight
-from zaya_kernels.reference import Expert, Weight
+from zaya_kernels.reference import Expert
 from zaya_kernels.table import Request, choose
 from zaya_quant.qtensor import Quantized
 
 Parts = Mapping[str, Tensor]
+Held = Tensor | Quantized | PackedWeight
 
 # The router adds these to fp32 probabilities whatever the dtype of the model.
 _ALWAYS_FP32 = ("mlp.gate.balancing_biases",)
@@ -58,7 +60,7 @@ class Weights:
                 self._keys.setdefault(key.layer, []).append(key)
         self._layers: dict[int, Parts] = {}
         self._experts: dict[tuple[int, int], Expert] = {}
-        self._matrices: dict[str, Weight] = {}
+        self._matrices: dict[str, Held] = {}
         self._vectors = {
             key.part: self._read_float(key)
             for key in self._keys[-1]
@@ -130,7 +132,7 @@ class Weights:
         starts = range(0, total, total if self.resident else size)
         return zip(starts, self._rows(part, starts, starts.step), strict=True)
 
-    def _held(self, part: str) -> Weight | None:
+    def _held(self, part: str) -> Held | None:
         """A matrix of the whole model, or None when its rows are to be read as they are needed.
 
         Quantized ones are held as codes even when streaming: formats differ in where rows lie.
@@ -155,7 +157,7 @@ class Weights:
                 yield rows.to(self.matrix_dtype)
 
     def _read(self, key: TensorKey) -> Tensor | PackedWeight:
-        spec = self.checkpoint.infos[key].spec
+        spec = common(self.checkpoint.infos[key].spec)
         if self.packing is None or spec is None:
             return self._read_float(key)
         op = "linear" if key.expert < 0 else "moe_ffn"
@@ -163,7 +165,7 @@ class Weights:
         value = self.checkpoint.read(key)
         if pack is None or isinstance(value, Tensor):
             return self._as_float(value)
-        return pack(value)
+        return pack(to_common(value))
 
     def _read_float(self, key: TensorKey) -> Tensor:
         if key.part in _ALWAYS_FP32:

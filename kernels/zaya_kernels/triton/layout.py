@@ -49,6 +49,20 @@ class Packed:
         """Blocks in a row."""
         return self.words.shape[-1] // WORDS
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)`` of one matrix."""
+        return self.rows, self.columns
+
+    def select(self, part: int | slice | Tensor) -> Packed:
+        """One of several matrices, or some rows of one."""
+        zeros = None if self.zeros is None else self.zeros[part]
+        return replace(self, words=self.words[part], scales=self.scales[part], zeros=zeros)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values ``[out, in]``, for bodies that compute with floats."""
+        return unpack(self).dequantize(dtype)
+
     def to(self, device: torch.device) -> Packed:
         """The same on another device."""
         zeros = None if self.zeros is None else self.zeros.to(device)
@@ -71,10 +85,10 @@ class PackedExperts:
 
     def __call__(self, expert: int) -> Expert:
         """One expert as logical values, so that a bank serves every other body too."""
-        both = unpack(_select(self.gate_up, expert))
+        both = unpack(self.gate_up.select(expert))
         half = both.shape[0] // 2
         gate, up = both.rows(slice(None, half)), both.rows(slice(half, None))
-        return Expert(gate, up, unpack(_select(self.down, expert)))
+        return Expert(gate, up, unpack(self.down.select(expert)))
 
 
 def pack(weight: QuantTensor) -> Packed:
@@ -120,8 +134,10 @@ def packed_once(weight: Weight, device: torch.device) -> Packed:
     """A matrix repacked on ``device``, remembered for as long as the matrix lives.
 
     Raises:
-        TypeError: the weight is no ``QuantTensor``.
+        TypeError: the weight is neither a ``QuantTensor`` nor repacked.
     """
+    if isinstance(weight, Packed):
+        return weight
     if not isinstance(weight, QuantTensor):
         raise TypeError(f"triton kernels take integer grids, not {type(weight).__name__}")
     key = (id(weight), device)
@@ -133,11 +149,6 @@ def packed_once(weight: Weight, device: torch.device) -> Packed:
 
 # By identity: QuantTensor compares its tensors, which no dictionary can use.
 _PACKED: dict[tuple[int, torch.device], Packed] = {}
-
-
-def _select(packed: Packed, expert: int) -> Packed:
-    zeros = None if packed.zeros is None else packed.zeros[expert]
-    return replace(packed, words=packed.words[expert], scales=packed.scales[expert], zeros=zeros)
 
 
 def _join(parts: list[Packed], how: object) -> Packed:
