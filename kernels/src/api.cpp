@@ -94,7 +94,7 @@ void unpack_row(const Matrix& m, int64_t row, float* out) {
 }  // namespace zk
 
 // Raised with every change of a signature, a struct or the layout; native.py refuses another one.
-ZK_EXPORT int32_t zk_abi_version() { return 1; }
+ZK_EXPORT int32_t zk_abi_version() { return 2; }
 
 ZK_EXPORT int32_t zk_best_isa() { return zk::best_isa(); }
 

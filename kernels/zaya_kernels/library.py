@@ -12,7 +12,7 @@ from pathlib import Path
 
 import zaya_kernels
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _NAMES = ("libzaya_kernels.so", "libzaya_kernels.dylib")
 ISAS = ("base", "avx2", "avx512")
 
@@ -109,6 +109,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "zk_read": (ctypes.c_uint64, [pointer, i64, i32]),
         "zk_linear": (i32, [pointer, pointer, i64, pointer, pointer, pointer]),
         "zk_moe_ffn": (i32, [pointer, i64, pointer, pointer, pointer, pointer, pointer]),
+        "zk_decode": (i32, [pointer] * 8),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
