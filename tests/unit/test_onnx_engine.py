@@ -180,6 +180,24 @@ def test_selected_states_are_independent(nano_pair: tuple[Model, OnnxModel]) -> 
     assert distance(step, both) <= FLOAT
 
 
+def test_joined_states_go_on_as_they_would_alone(nano_pair: tuple[Model, OnnxModel]) -> None:
+    _, engine = nano_pair
+    long, short, joined = tokens(14), tokens(6, seed=1), []
+    for ids in (long, short):
+        joined.append(engine.new_cache())
+        engine.forward(ids[None], cache=joined[-1])
+    both = joined[0].join(joined[1])
+    assert both.length == 14
+    assert both.valid is not None
+    found = engine.forward(torch.tensor([[7], [8]]), cache=both).logits
+    for row, (ids, token) in enumerate(((long, 7), (short, 8))):
+        alone = engine.forward(torch.cat([ids, torch.tensor([token])])[None]).logits[0, -1:]
+        assert distance(alone, found[row]) <= FLOAT
+    alone = both.select([1]).join(joined[1])
+    assert alone.length == 7
+    assert {array.shape[2] for array in alone.arrays.values() if array.ndim == 4} == {7}
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_generation_equals_our_runtime(made: Made, sampling: Sampling, chunk: int | None) -> None:

@@ -10,7 +10,15 @@ import torch
 from nano import Nano
 from zaya_convert.checkpoint import open_source
 from zaya_convert.errors import InputError, UsageError
-from zaya_convert.runtime.generate import Sampling, choose, complete, generate
+from zaya_convert.runtime.generate import (
+    Decoder,
+    Sampling,
+    Step,
+    Task,
+    choose,
+    complete,
+    generate,
+)
 from zaya_convert.runtime.model import Model
 
 PROMPTS = [[5, 6, 7, 8], [9], [11, 12, 13, 14, 15, 16, 17]]
@@ -118,7 +126,7 @@ def test_samples_follow_the_probabilities(model: Model) -> None:
 
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(4000, -1)
     sampling = Sampling(1.0, seed=1)
-    noise = _noise([_key(1, (i,)) for i in range(4000)], 0, 3, sampling)
+    noise = _noise([(_key(1, (i,)), 0) for i in range(4000)], 3)
     shares = torch.bincount(choose(logits, sampling, noise), minlength=3) / 4000
     assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.03)
 
@@ -127,3 +135,70 @@ def test_samples_follow_the_probabilities(model: Model) -> None:
 def test_senseless_settings_are_usage_errors(bad: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         Sampling(**bad)  # pyright: ignore
+
+
+def tokens_of(steps: list[Step], sequence: int) -> list[int]:
+    return [step.token for step in steps if step.sequence == sequence]
+
+
+def test_sequences_join_and_leave_between_steps(nano: Nano) -> None:
+    """With a sliding layer, which keeps fewer columns than a row has tokens."""
+    model = Model(open_source(nano("hybrid", dtype=torch.float32, windows=(0, 5, 0))))
+    mixed = [HOT, Sampling(), Sampling(0.8, top_k=20, seed=9), Sampling(1.2, top_p=0.9)]
+    prompts = [*PROMPTS, list(range(20, 34))]
+    tasks = [Task(prompts[i], 14, how, (i, 7)) for i, how in enumerate(mixed)]
+    alone = [
+        complete(model, [t.prompt], max_new_tokens=14, sampling=t.sampling, streams=[t.stream])[0]
+        for t in tasks
+    ]
+    decoder = Decoder(model, prefill_chunk=3)
+    steps: list[Step] = []
+    assert decoder.add(tasks[:1]) == [0]
+    for _ in range(4):
+        steps += decoder.step()
+    assert decoder.add(tasks[1:3]) == [1, 2]
+    steps += decoder.step() + decoder.step()
+    decoder.remove([1])
+    assert decoder.add(tasks[3:]) == [3]
+    while len(decoder):
+        steps += decoder.step()
+    for i in (0, 2, 3):
+        assert tokens_of(steps, i) == alone[i].tokens
+    assert tokens_of(steps, 1) == alone[1].tokens[:2]
+
+
+def test_a_batch_that_never_empties_forgets_the_longest_row(model: Model) -> None:
+    decoder = Decoder(model)
+    decoder.add([Task([5] * 40, 2, Sampling())])
+    for _ in range(6):
+        decoder.step()
+        decoder.add([Task([9], 3, Sampling())])
+    assert decoder._cache is not None
+    assert decoder._cache.length <= 4
+
+
+def test_equal_prompts_are_run_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda ids, **how: sizes.append(len(ids)) or forward(ids, **how)
+    )
+    found = texts(model, [[5, 6], [7], [5, 6]], [(0,), (1,), (0,)])
+    assert sizes[:2] == [2, 3]
+    assert found[0] == found[2] == texts(model, [[5, 6]], [(0,)])[0]
+
+
+def test_logprobs_are_those_of_the_unfiltered_model(model: Model) -> None:
+    steps = list(generate(model, PROMPTS[:1], max_new_tokens=4, sampling=HOT))
+    ids = torch.tensor([[*PROMPTS[0], *(step.token for step in steps)]])
+    known = model.forward(ids).logits[0, len(PROMPTS[0]) - 1 :].log_softmax(-1)
+    for i, step in enumerate(steps):
+        assert step.logprob == pytest.approx(float(known[i, step.token]), abs=1e-5)
+
+
+def test_nothing_to_do_is_nothing_done(model: Model) -> None:
+    assert not list(generate(model, PROMPTS, max_new_tokens=0))
+    assert not list(generate(model, [], max_new_tokens=3))
+    decoder = Decoder(model)
+    assert decoder.add([]) == []
+    assert decoder.step() == []

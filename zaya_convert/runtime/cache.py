@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zaya_convert.config import ModelConfig
+from zaya_convert.runtime.inputs import join_valid, used_columns
 
 _FIRST_CAPACITY = 64
 
@@ -30,17 +31,26 @@ class KeyValues:
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add [B, nkv, T, D] columns; return all columns that the new queries may look at."""
+        new = keys.shape[2]
+        buffer = self.reserve(keys)
+        buffer[0, :, :, self.end : self.end + new] = keys
+        buffer[1, :, :, self.end : self.end + new] = values
+        self.end += new
+        used = buffer[:, :, :, self.start : self.end]
+        return used[0], used[1]
+
+    def reserve(self, like: Tensor) -> Tensor:
+        """The buffer with room behind ``end`` for [B, nkv, T, D] columns.
+
+        What they cannot look at any more lies before ``start``.
+        """
         if self.window:
             self.start = max(self.start, self.end - (self.window - 1))
-        new = keys.shape[2]
+        new = like.shape[2]
         if self.buffer is None or self.end + new > self.buffer.shape[3]:
-            self._move(keys, 2 * (self.end - self.start + new))
+            self._move(like, 2 * (self.end - self.start + new))
         assert self.buffer is not None
-        self.buffer[0, :, :, self.end : self.end + new] = keys
-        self.buffer[1, :, :, self.end : self.end + new] = values
-        self.end += new
-        used = self.buffer[:, :, :, self.start : self.end]
-        return used[0], used[1]
+        return self.buffer
 
     def select(self, rows: Tensor) -> KeyValues:
         """A copy that holds the given rows of the batch."""
@@ -48,6 +58,22 @@ class KeyValues:
         copy.start, copy.end = self.start, self.end
         copy.buffer = None if self.buffer is None else self.buffer[:, rows]
         return copy
+
+    def join(self, other: KeyValues, most: int) -> KeyValues:
+        """Both batches' last columns, at most ``most``, side by side and aligned at the end."""
+        parts = [(layer.buffer, layer.start, layer.end) for layer in (self, other)]
+        joined = KeyValues(self.window)
+        joined.end = min(most, max(end - start for _, start, end in parts))
+        rows = [buffer.shape[1] for buffer, _, _ in parts if buffer is not None]
+        like = parts[0][0]
+        assert like is not None
+        shape = (2, sum(rows), like.shape[2], max(2 * joined.end, _FIRST_CAPACITY), like.shape[4])
+        joined.buffer = like.new_zeros(shape)  # padding is never seen, but has to be finite
+        for target, (buffer, start, end) in zip(joined.buffer.split(rows, 1), parts, strict=True):
+            assert buffer is not None
+            count = min(joined.end, end - start)
+            target[:, :, :, joined.end - count : joined.end] = buffer[:, :, :, end - count : end]
+        return joined
 
     def _move(self, like: Tensor, capacity: int) -> None:
         """Copy what is in use into a larger buffer, dropping what a window has left behind."""
@@ -96,9 +122,40 @@ class Cache:
         size = 0 if known is None else known.shape[0]
         return self.select(torch.arange(size).repeat_interleave(copies))
 
+    def join(self, other: Cache) -> Cache:
+        """Both batches as one, the rows of ``other`` behind; both have seen at least one block.
+
+        The shorter is padded on the left; columns that are padding in every row are dropped.
+        """
+        parts = (self, other)
+        joined = object.__new__(Cache)
+        joined.length = max(used_columns(part.length, part.valid) for part in parts)
+        joined.keys_values = [
+            mine.join(its, joined.length)
+            for mine, its in zip(self.keys_values, other.keys_values, strict=True)
+        ]
+        joined.conv = _stacked(self.conv, other.conv)
+        joined.delayed = _stacked(self.delayed, other.delayed)
+        rows = [len(part) for part in (self.delayed[0], other.delayed[0]) if part is not None]
+        known = [(part.length, part.valid) for part in parts]
+        joined.valid = join_valid(known, rows, joined.length)
+        return joined
+
     @property
     def bytes(self) -> int:
         """Memory held by all states."""
         buffers = [layer.buffer for layer in self.keys_values]
         states = [*buffers, *self.conv, *self.delayed]
         return sum(state.nbytes for state in states if state is not None)
+
+
+def _stacked(
+    first: Sequence[Tensor | None], second: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Each layer's states of two batches as one."""
+    joined: list[Tensor | None] = []
+    for a, b in zip(first, second, strict=True):
+        assert a is not None
+        assert b is not None
+        joined.append(torch.cat([a, b]))
+    return joined

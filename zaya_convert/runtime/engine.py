@@ -20,6 +20,10 @@ class States(Protocol):
         """The states of the given rows of the batch, in the given order."""
         ...
 
+    def join(self, other: Self, /) -> Self:
+        """Both batches as one, the shorter padded on the left; both have seen a block."""
+        ...
+
 
 S = TypeVar("S", bound=States)
 

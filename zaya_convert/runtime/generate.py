@@ -9,8 +9,8 @@ and two models given the same streams can be compared draw by draw.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic
 
 import numpy as np
 import torch
@@ -46,18 +46,39 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Task:
+    """A prompt to continue.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_new_tokens: at least one; the model's context may end it sooner.
+        sampling: how its tokens are chosen.
+        stream: name of its noise stream, numbers >= 0.
+        stop_ids: tokens that end it.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling
+    stream: Sequence[int] = (0,)
+    stop_ids: Collection[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One new token.
 
     Attributes:
-        sequence: index of the prompt it continues.
+        sequence: which one it continues: the index of its prompt, or what ``Decoder.add`` said.
         token: its id; a stop token is reported too.
         finished: "" while the sequence goes on, else "stop" or "length".
+        logprob: natural logarithm of its probability, unfiltered and at temperature 1.
     """
 
     sequence: int
     token: int
     finished: str = ""
+    logprob: float = 0.0
 
 
 @dataclass
@@ -66,6 +87,124 @@ class Completion:
 
     tokens: list[int] = field(default_factory=list)
     finished: str = ""
+
+
+class Decoder(Generic[S]):
+    """Sequences that are continued together, and join and leave between two steps.
+
+    Args:
+        prefill_chunk: columns of prompts run at once, None for all.
+
+    Attributes:
+        logits: [B, V] fp32, what the latest step's tokens were chosen from, in its order.
+    """
+
+    def __init__(self, model: Engine[S], prefill_chunk: int | None = None) -> None:
+        self.logits = torch.empty(0, model.config.vocab_rows)
+        self._model, self._chunk = model, prefill_chunk
+        self._rows: list[_Row] = []
+        self._cache: S | None = None
+        self._chosen: Tensor | None = None  # by the latest step, not yet run
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, tasks: Sequence[Task]) -> list[int]:
+        """Take more sequences in; equal prompts are run once.
+
+        Returns:
+            What their steps will call them: numbers in the order of arrival.
+
+        Raises:
+            InputError: an empty prompt, or one that leaves no room in the context.
+        """
+        limits = _limits(self._model, tasks)
+        rows = [
+            _Row(self._next + i, task, _key(task.sampling.seed, task.stream), limits[i])
+            for i, task in enumerate(tasks)
+        ]
+        if not rows:
+            return []
+        prompts = list(dict.fromkeys(tuple(task.prompt) for task in tasks))
+        cache, logits = _prefill(self._model, prompts, self._chunk)
+        if len(prompts) < len(tasks):
+            index = [prompts.index(tuple(task.prompt)) for task in tasks]
+            cache, logits = cache.select(index), logits[index]
+        self._run_chosen()
+        if self._cache is not None:
+            cache, logits = self._cache.join(cache), torch.cat([self.logits, logits])
+        self._cache, self.logits = cache, logits
+        self._rows += rows
+        self._next += len(rows)
+        return [row.name for row in rows]
+
+    def step(self) -> list[Step]:
+        """One more token for every sequence; those that it finishes leave."""
+        if not self._rows:
+            return []
+        self._run_chosen()
+        tokens = self._choose()
+        logprobs = self.logits.gather(1, tokens[:, None])[:, 0] - self.logits.logsumexp(1)
+        steps: list[Step] = []
+        for row, token, logprob in zip(self._rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            row.position += 1
+            reason = "stop" if token in row.task.stop_ids else ""
+            reason = reason or ("length" if row.position == row.limit else "")
+            steps.append(Step(row.name, token, reason, logprob))
+        self._chosen = tokens
+        self._keep([i for i, step in enumerate(steps) if not step.finished])
+        return steps
+
+    def remove(self, sequences: Collection[int]) -> None:
+        """Let go of sequences that are not finished."""
+        kept = [i for i, row in enumerate(self._rows) if row.name not in sequences]
+        if self._chosen is None:
+            self.logits = self.logits[kept]
+        self._keep(kept)
+
+    def _run_chosen(self) -> None:
+        """Put the tokens that the latest step chose through the model."""
+        if self._chosen is not None and self._cache is not None:
+            self.logits = self._model.forward(
+                self._chosen[:, None], cache=self._cache, last_only=True
+            ).logits[:, -1]
+        self._chosen = None
+
+    def _choose(self) -> Tensor:
+        """A token for each sequence [B]; those of equal settings are chosen together."""
+        groups: dict[Sampling, list[int]] = {}
+        for i, row in enumerate(self._rows):
+            groups.setdefault(replace(row.task.sampling, seed=0), []).append(i)
+        tokens = torch.empty(len(self._rows), dtype=torch.long)
+        for sampling, members in groups.items():
+            rows = [self._rows[i] for i in members]
+            noise = None
+            if sampling.temperature > 0:
+                noise = _noise([(row.key, row.position) for row in rows], self.logits.shape[1])
+            logits = self.logits if len(groups) == 1 else self.logits[members]
+            tokens[members] = choose(logits, sampling, noise)
+        return tokens
+
+    def _keep(self, kept: Sequence[int]) -> None:
+        if len(kept) == len(self._rows):
+            return
+        self._rows = [self._rows[i] for i in kept]
+        assert self._cache is not None
+        self._cache = self._cache.select(kept) if kept else None
+        if self._chosen is not None:
+            self._chosen = self._chosen[kept]
+
+
+@dataclass
+class _Row:
+    """A sequence in flight: its place in the noise, and how far it may go."""
+
+    name: int
+    task: Task
+    key: np.ndarray
+    limit: int
+    position: int = 0
 
 
 def generate(
@@ -91,32 +230,20 @@ def generate(
     Raises:
         InputError: an empty prompt, or one that leaves no room in the context.
     """
-    sampling = sampling or Sampling()
-    limits = _limits(model, prompts, max_new_tokens)
-    keys = [_key(sampling.seed, s) for s in streams or [(i,) for i in range(len(prompts))]]
-    if len(keys) != len(prompts):
-        raise ValueError(f"{len(keys)} noise streams for {len(prompts)} prompts")
-    if not prompts or max_new_tokens < 1:
+    names = [(i,) for i in range(len(prompts))] if streams is None else streams
+    if len(names) != len(prompts):
+        raise ValueError(f"{len(names)} noise streams for {len(prompts)} prompts")
+    how = sampling or Sampling()
+    tasks = [
+        Task(prompt, max_new_tokens, how, stream, stop_ids)
+        for prompt, stream in zip(prompts, names, strict=True)
+    ]
+    if max_new_tokens < 1:
         return
-    cache, logits = _prefill(model, prompts, prefill_chunk)
-    live = list(range(len(prompts)))
-    position = 0
-    while True:
-        noise = _noise([keys[i] for i in live], position, logits.shape[1], sampling)
-        tokens = choose(logits, sampling, noise)
-        position += 1
-        kept: list[int] = []
-        for row, (sequence, token) in enumerate(zip(live, tokens.tolist(), strict=True)):
-            reason = "stop" if token in stop_ids else ""
-            reason = reason or ("length" if position == limits[sequence] else "")
-            yield Step(sequence, token, reason)
-            if not reason:
-                kept.append(row)
-        if not kept:
-            return
-        if len(kept) < len(live):
-            cache, tokens, live = cache.select(kept), tokens[kept], [live[row] for row in kept]
-        logits = model.forward(tokens[:, None], cache=cache, last_only=True).logits[:, -1]
+    decoder = Decoder(model, prefill_chunk)
+    decoder.add(tasks)
+    while len(decoder):
+        yield from decoder.step()
 
 
 def complete(
@@ -181,34 +308,30 @@ def _key(seed: int, stream: Sequence[int]) -> np.ndarray:
     return np.random.SeedSequence([seed, *stream]).generate_state(2, np.uint64)
 
 
-def _noise(
-    keys: Sequence[np.ndarray], position: int, size: int, sampling: Sampling
-) -> Tensor | None:
-    """Gumbel noise [B, V] of each stream at ``position``; None when none is needed."""
-    if sampling.temperature == 0:
-        return None
-    rows = np.empty((len(keys), size))
-    for row, key in zip(rows, keys, strict=True):
+def _noise(draws: Sequence[tuple[np.ndarray, int]], size: int) -> Tensor:
+    """Gumbel noise [B, V] of each (key, position)."""
+    rows = np.empty((len(draws), size))
+    for row, (key, position) in zip(rows, draws, strict=True):
         # The position is the counter's highest word, so no two positions share a block.
         raw = np.random.Philox(key=key, counter=[0, 0, 0, position]).random_raw(size)
         row[:] = ((raw >> np.uint64(12)) + 0.5) * 2.0**-52  # uniform in (0, 1), exactly
     return torch.from_numpy(-np.log(-np.log(rows)))
 
 
-def _limits(model: Engine[Any], prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+def _limits(model: Engine[Any], tasks: Sequence[Task]) -> list[int]:
     """How many tokens each sequence may get."""
     context = model.config.max_positions
     problems = []
-    for i, prompt in enumerate(prompts):
-        if not prompt:
+    for i, task in enumerate(tasks):
+        if not task.prompt:
             problems.append(f"prompt {i} is empty")
-        elif len(prompt) >= context:
+        elif len(task.prompt) >= context:
             problems.append(
-                f"prompt {i} has {len(prompt)} tokens; the model's context is {context}"
+                f"prompt {i} has {len(task.prompt)} tokens; the model's context is {context}"
             )
     if problems:
         raise InputError(problems)
-    return [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+    return [min(task.max_new_tokens, context - len(task.prompt)) for task in tasks]
 
 
 def _prefill(

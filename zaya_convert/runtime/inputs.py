@@ -60,3 +60,25 @@ def full_mask(ids: Tensor, past: int, valid: Tensor | None, mask: Tensor | None)
     elif valid is not None:
         mask = torch.cat([valid, torch.ones_like(ids, dtype=torch.bool)], dim=1)
     return None if mask is None or bool(mask.all()) else mask
+
+
+def used_columns(length: int, valid: Tensor | None) -> int:
+    """Columns of a batch from the first that is not padding in every row."""
+    return length if valid is None else length - int(valid.any(0).int().argmax())
+
+
+def join_valid(
+    parts: Sequence[tuple[int, Tensor | None]], rows: Sequence[int], width: int
+) -> Tensor | None:
+    """Validity [all rows, width] of batches aligned at their last column; None when all is real.
+
+    Args:
+        parts: columns and validity of each batch.
+        rows: of each batch.
+        width: at least what each batch uses (``used_columns``).
+    """
+    joined = torch.zeros(sum(rows), width, dtype=torch.bool)
+    for target, (length, valid) in zip(joined.split(list(rows)), parts, strict=True):
+        count = min(length, width)
+        target[:, width - count :] = True if valid is None else valid[:, length - count :]
+    return None if bool(joined.all()) else joined

@@ -26,9 +26,17 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from zaya_convert.checkpoint import Checkpoint
+from zaya_convert.config import ModelConfig
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.export.onnx import configs, graph, read
-from zaya_convert.runtime.inputs import check_block, check_ids, check_sequences, full_mask
+from zaya_convert.runtime.inputs import (
+    check_block,
+    check_ids,
+    check_sequences,
+    full_mask,
+    join_valid,
+    used_columns,
+)
 from zaya_convert.runtime.model import PADDING, Evaluation, Output
 
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -47,6 +55,7 @@ class OnnxStates:
         arrays: by name of the graph's inputs; empty before the first block.
     """
 
+    config: ModelConfig
     length: int = 0
     valid: Tensor | None = None
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
@@ -56,7 +65,38 @@ class OnnxStates:
         index = torch.as_tensor(rows, dtype=torch.long)
         valid = None if self.valid is None else self.valid[index]
         kept = {name: array[index.numpy()] for name, array in self.arrays.items()}
-        return OnnxStates(self.length, valid, kept)
+        return OnnxStates(self.config, self.length, valid, kept)
+
+    def join(self, other: OnnxStates) -> OnnxStates:
+        """Both batches as one, the rows of ``other`` behind, as ``Cache.join`` does it.
+
+        The graph counts positions in columns, so the keys of a batch that moves are turned along:
+        to the last bits, what is generated may depend on it.
+        """
+        parts = (self, other)
+        width = max(used_columns(part.length, part.valid) for part in parts)
+        rows = [len(next(iter(part.arrays.values()))) for part in parts]
+        valid = join_valid([(part.length, part.valid) for part in parts], rows, width)
+        moved = [part._moved(width) for part in parts]
+        arrays = {name: np.concatenate([part[name] for part in moved]) for name in self.arrays}
+        return OnnxStates(self.config, width, valid, arrays)
+
+    def _moved(self, width: int) -> dict[str, np.ndarray]:
+        """The arrays with ``width`` columns, the last ones, zeros before the first."""
+        moved = dict(self.arrays)
+        shift = width - self.length
+        if not shift:
+            return moved
+        for layer, theta in enumerate(self.config.rope_thetas):
+            for state in ("key", "value"):
+                name = f"{_PAST}{layer}.{state}"
+                columns = np.pad(
+                    moved[name][:, :, -width:], ((0, 0), (0, 0), (max(shift, 0), 0), (0, 0))
+                )
+                if state == "key":
+                    columns = _turned(columns, shift, theta, self.config.rotary_dim)
+                moved[name] = columns
+        return moved
 
 
 class OnnxModel:
@@ -87,7 +127,7 @@ class OnnxModel:
 
     def new_cache(self) -> OnnxStates:
         """Empty states; they take the batch size of the first block they meet."""
-        return OnnxStates()
+        return OnnxStates(self.config)
 
     def forward(
         self,
@@ -196,6 +236,15 @@ class _Pass:
     rows: Tensor
     routes: Tensor
     weights: Tensor
+
+
+def _turned(keys: np.ndarray, shift: int, theta: float, dim: int) -> np.ndarray:
+    """Keys [..., D] as they are ``shift`` positions later: rotary, NeoX style, first ``dim``."""
+    angles = shift / theta ** (np.arange(0, dim, 2) / dim)
+    cos, sin = np.cos(angles), np.sin(angles)
+    first, second, rest = np.split(keys, [dim // 2, dim], axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return np.concatenate([*turned, rest], axis=-1).astype(keys.dtype)
 
 
 def _present(name: str) -> str:
