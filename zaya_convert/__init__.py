@@ -1,3 +1,3 @@
 """zaya-convert: take a ZAYA1 mixture-of-experts checkpoint to a small, proven model."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

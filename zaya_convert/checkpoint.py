@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from zaya_quant.qtensor import Quantized
     from zaya_quant.spec import Spec
 
-CHUNK_BYTES = 32 << 20
+# What is read, hashed, quantized and written stays in the processor's cache meanwhile: with pieces
+# of 32 MB the same work took a third longer.
+CHUNK_BYTES = 4 << 20
 
 # Copied along unchanged with every artifact, so tokenizer and chat template are never lost.
 SIDE_FILES = (
@@ -258,14 +260,15 @@ class Checkpoint:
 class SourceDigest:
     """Digest of a model's contents that does not depend on its layout, sharding or file names.
 
-    sha256 over one line per logical tensor, ``key dtype shape sha256(bytes)``, in execution order.
+    sha256 over one line per logical tensor, ``key dtype shape blake3(bytes)``, in execution order.
+    (BLAKE3, because sha256 of the source took a third of a conversion's time.)
     """
 
     def __init__(self) -> None:
         self._lines: dict[TensorKey, str] = {}
 
     def add(self, info: TensorInfo, digest: str) -> None:
-        """Record the sha256 of one tensor's raw bytes."""
+        """Record the BLAKE3 digest of one tensor's raw bytes, in hexadecimal."""
         self._lines[info.key] = f"{info.key} {info.dtype} {list(info.shape)} {digest}\n"
 
     def hexdigest(self, keys: Mapping[TensorKey, TensorInfo]) -> str:

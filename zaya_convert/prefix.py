@@ -42,7 +42,7 @@ class Prefix:
 
     Attributes:
         finish: called with the record of every step it has written, from several threads.
-        digests: sha256 of each source tensor by step name.
+        digests: BLAKE3 of each source tensor by step name.
     """
 
     plan: Plan

@@ -8,13 +8,13 @@ breaks a top-1 mixture, so routing is compared too.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from zaya_convert.checkpoint import Checkpoint, SourceDigest
@@ -259,7 +259,7 @@ def _compare_weights(
         if matrix:
             errors.append(_tensor_error(scaled, candidate, key))
         if claimed and info.spec is None:
-            own = hashlib.sha256()
+            own = blake3()
             for chunk in reference.chunks(key):
                 own.update(chunk)
             digest.add(info, own.hexdigest())

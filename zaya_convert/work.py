@@ -1,7 +1,7 @@
 """The work on one step of a plan: read, check, quantize, encode, write, record.
 
 A record is what the journal keeps of a finished step, and what the manifest is made of:
-``source`` (sha256 of the tensor as it was read), ``written`` (sha256 of each region), ``widened``
+``source`` (BLAKE3 of the tensor as it was read), ``written`` (sha256 of each region), ``widened``
 (its scales had to be bf16), ``narrow`` (they should be, but the packing holds fp16 only) and
 ``fallback`` (why it was rounded without calibration, or "").
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from blake3 import blake3
 
 from zaya_convert.checkpoint import CHUNK_BYTES, TensorInfo, torch_dtype
 from zaya_convert.errors import InputError
@@ -51,7 +52,7 @@ class Worker:
         if self._fits_in_rows(step):
             return self._by_rows(step)
         value = self.plan.source.read_stored(step.key)
-        digest = sha256(value) if isinstance(value, torch.Tensor) else ""
+        digest = blake3(view(value)).hexdigest() if isinstance(value, torch.Tensor) else ""
         info = self.plan.source.infos[step.key]
         if step.key in self.plan.source.scaling:
             value = self.plan.source.scaling[step.key].of(value)
@@ -64,7 +65,7 @@ class Worker:
         return self._write(step, value, digest, widened=False)
 
     def check(self, step: Step) -> str:
-        """Only read a step's tensor: its sha256.
+        """Only read a step's tensor: its BLAKE3 digest.
 
         Raises:
             InputError: values that are not finite.
@@ -72,7 +73,7 @@ class Worker:
         value = self.plan.source.read_stored(step.key)
         assert isinstance(value, torch.Tensor)
         check_finite(value.flatten(), self.plan.source.infos[step.key])
-        return sha256(value)
+        return blake3(view(value)).hexdigest()
 
     def _fits_in_rows(self, step: Step) -> bool:
         """Whether a large matrix can be made a few rows at a time, each for itself."""
@@ -101,7 +102,7 @@ class Worker:
         info, known = self.plan.source.infos[step.key], self._known(step) if spec else None
         dtype, columns = torch_dtype(info.dtype), info.shape[1]
         row = columns * dtype.itemsize
-        source, begin, narrow = hashlib.sha256(), 0, False
+        source, begin, narrow = blake3(), 0, False
         written = {name: (hashlib.sha256(), 0) for name in step.regions}
         for chunk in self.plan.source.chunks(step.key, max(1, CHUNK_BYTES // row) * row):
             source.update(chunk)
@@ -226,14 +227,14 @@ class Worker:
     def _copy(self, step: Step) -> Record:
         (region,) = step.regions.values()
         info = self.plan.source.infos[step.key]
-        digest, offset = hashlib.sha256(), 0
+        read, written, offset = blake3(), hashlib.sha256(), 0
         for chunk in self.plan.source.chunks(step.key):
             check_finite(torch.frombuffer(chunk, dtype=torch_dtype(info.dtype)), info, offset)
-            digest.update(chunk)
+            read.update(chunk)
+            written.update(chunk)
             self.files.write(region, chunk, offset)
             offset += len(chunk)
-        found = digest.hexdigest()
-        return _record(step, found, [found])
+        return _record(step, read.hexdigest(), [written.hexdigest()])
 
     def _write(
         self, step: Step, value: torch.Tensor | Quantized, digest: str, widened: bool
@@ -295,8 +296,3 @@ def where(info: TensorInfo) -> str:
 def view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def sha256(tensor: torch.Tensor) -> str:
-    """sha256 of a tensor's bytes."""
-    return hashlib.sha256(view(tensor)).hexdigest()

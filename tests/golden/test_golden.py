@@ -14,7 +14,7 @@ from zaya_convert.convert import execute
 from zaya_convert.models import open_model
 from zaya_convert.plan import make_plan
 
-SOURCE = "2785ee519d4a3c04e882db74a59eb9544f06ff5b2d6c27a8d82b5236af1fc605"
+SOURCE = "5d513b7dbbefb68057ec8dc036d0b6628fcc0b5414cd898afcaf569bbe7ec071"
 WEIGHTS = {
     "compressed-tensors": "4de495c77861d2b0f6ffe19500d8845cc2c776030df11b672a28c924b2ba4823",
     "auto-round": "4ba276287c33788ccdd263e9b7b59263fcec9ad15d3699a58f1038f04e212498",

@@ -118,7 +118,13 @@ def cli(ctx: click.Context, quiet: bool) -> None:
 
 def main() -> None:
     """Console script."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = code or explain(error)[1]
+    # Taking torch apart, module by module, would be half a second for nothing.
+    os._exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
