@@ -25,6 +25,7 @@ from zaya_convert.runtime.attention import Batch, attend, project
 from zaya_convert.runtime.cache import Cache
 from zaya_convert.runtime.inputs import check_block, check_sequences, full_mask
 from zaya_convert.runtime.router import Routing, rms_norm, route
+from zaya_convert.runtime.step import NativeStep, refusal
 from zaya_convert.runtime.weights import Parts, Weights
 from zaya_kernels import native
 from zaya_kernels.reference import Expert
@@ -77,7 +78,12 @@ class Model:
         resident: keep weights in memory once read; otherwise read them for each pass.
         exact: accumulate fp32 in fp64 (about half the speed); bf16 is never exact.
         fast: compute with quantized matrices as they are, activations rounded to int8, where a
-            kernel can; what is exact stays so. For resident weights only.
+            kernel can; what is exact stays so. Single tokens then go through the native decode
+            step, with fp32 between its products. For resident weights only.
+
+    Attributes:
+        step_refusal: why single tokens take the way of blocks, "" when nothing is known against
+            the native decode step; the first of them tells.
     """
 
     name = "reference runtime"
@@ -105,6 +111,8 @@ class Model:
             self._linear = native.with_packed(self._linear)
             self._moe = choose("moe_ffn", replace(request, layout=TILES)).body
         self.weights = Weights(checkpoint, dtype, self.wide, resident, packing)
+        self.step_refusal = refusal() if packing else "for resident weights and fast kernels only"
+        self._step: NativeStep | None = None
 
     def new_cache(self) -> Cache:
         """An empty cache; it takes the batch size of the first block it meets."""
@@ -132,6 +140,8 @@ class Model:
             InputError: an id outside the vocabulary, an empty block.
         """
         check_block(ids)
+        if cache is not None and observer is None and ids.shape[1] == 1 and self._native_step():
+            return self._advance(ids, cache, mask)
         batch = self._batch(ids, cache, mask)
         rows, routings = self._run(ids.flatten(), [batch], observer)
         hidden = rows.view(*ids.shape, -1)
@@ -177,6 +187,22 @@ class Model:
             part = slice(start, start + len(block))
             out[:, part] = self._linear(hidden, block, None if bias is None else bias[part])
         return out
+
+    def _native_step(self) -> NativeStep | None:
+        """The native decode step, made for the first token that needs it, or None."""
+        if self._step is None and not self.step_refusal:
+            try:
+                self._step = NativeStep(self.config, self.weights, self.dtype)
+            except ValueError as error:
+                self.step_refusal = str(error)
+        return self._step
+
+    def _advance(self, ids: Tensor, cache: Cache, mask: Tensor | None) -> Output:
+        """``forward`` of one column [B, 1] by the native step."""
+        assert self._step is not None
+        valid = full_mask(ids, cache.length, cache.valid, mask)
+        logits, routes, weights = self._step(self._embed(ids[:, 0]), cache, valid)
+        return Output(logits[:, None], routes[..., None], weights[..., None])
 
     def _batch(self, ids: Tensor, cache: Cache | None, mask: Tensor | None) -> Batch:
         past = 0 if cache is None else cache.length
