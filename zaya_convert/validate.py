@@ -130,7 +130,7 @@ def validate(
         InputError: the two are not the same architecture, or a weight is not finite.
     """
     _check_comparable(reference, candidate)
-    tensors, matches = _compare_weights(reference, candidate, progress)
+    tensors, matches = compare_weights(reference, candidate, progress)
     outputs: list[Evaluation] = []
     models: list[Engine[Any]] = [
         Model(reference, getattr(torch, dtype), resident=False),
@@ -246,10 +246,13 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     return -log_p.gather(1, targets[has_next, None]).squeeze(1)
 
 
-def _compare_weights(
+def compare_weights(
     reference: Checkpoint, candidate: Checkpoint, progress: Progress
 ) -> tuple[list[TensorError], bool | None]:
-    """SQNR of every matrix a recipe may quantize, and whether the reference is the real source."""
+    """SQNR of every matrix a recipe may quantize, and whether the reference is the real source.
+
+    The second is None when the candidate does not say what it was made from.
+    """
     claimed = candidate.manifest.get("source", {}).get("digest")
     digest = SourceDigest()
     scaled = with_scaling(reference, candidate.path)
