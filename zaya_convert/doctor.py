@@ -20,6 +20,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
         "transformers as an independent reference, and reading artifacts with it",
     ),
     "onnx": (("onnx", "onnxruntime"), "writing and reading ONNX, and running it"),
+    "serve": (("starlette", "uvicorn"), "serving a model with OpenAI's API"),
     "gpu": (("triton",), "kernels for CUDA and ROCm"),
 }
 

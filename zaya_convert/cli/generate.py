@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zaya_convert.cli.conversion import open_named
-from zaya_convert.cli.engines import ONNXRUNTIME, choose_engine, engine_option
+from zaya_convert.cli.engines import dtype_option, engine_option, open_engine
 from zaya_convert.cli.output import Output, output_options
 from zaya_convert.cli.params import MODEL
-from zaya_convert.errors import UsageError
 
 if TYPE_CHECKING:
     from zaya_convert.checkpoint import Checkpoint
@@ -43,11 +42,7 @@ class _Generated:
 @click.option("--top-k", type=int, default=0, show_default=True, help="0 is all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without chat template.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
-    help="Of the reference runtime [default: bfloat16].",
-)
+@dtype_option
 @engine_option
 @output_options
 def command(
@@ -72,7 +67,7 @@ def command(
 
     sampling = Sampling(temperature, top_p, top_k, seed)
     text = sys.stdin.read() if prompt == "-" else prompt
-    runs = _engine(checkpoint, engine, dtype)
+    runs = open_engine(checkpoint, engine, dtype)
     done = _run(checkpoint, runs, text, raw, max_new_tokens, sampling, out)
     speed = done.new_tokens / done.seconds if done.seconds else 0.0
     if out.json:
@@ -83,20 +78,6 @@ def command(
         f"{done.new_tokens} tokens in {done.seconds:.1f} s ({speed:.1f} per second), "
         f"ended by {done.finished}"
     )
-
-
-def _engine(checkpoint: Checkpoint, name: str | None, dtype: str | None) -> Engine[Any]:
-    if choose_engine(checkpoint, name) == ONNXRUNTIME:
-        if dtype:
-            raise UsageError("--dtype is of the reference runtime; add --engine reference")
-        from zaya_convert.runtime.onnx_engine import OnnxModel
-
-        return OnnxModel(checkpoint)
-    import torch
-
-    from zaya_convert.runtime.model import Model
-
-    return Model(checkpoint, getattr(torch, dtype or "bfloat16"), fast=True)
 
 
 def _run(

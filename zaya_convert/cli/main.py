@@ -32,6 +32,7 @@ COMMANDS = {
     "verify": ("zaya_convert.cli.verify", "Check an artifact's checksums and structure."),
     "export": ("zaya_convert.cli.export", "Write a checkpoint or artifact in another packing."),
     "generate": ("zaya_convert.cli.generate", "Run a model on a prompt."),
+    "serve": ("zaya_convert.cli.serve", "Serve a model with OpenAI's API."),
     "recipes": ("zaya_convert.cli.recipes", "List the shipped recipes, or print one."),
     "doctor": ("zaya_convert.cli.doctor", "Show versions, devices and kernels in use, and why."),
 }

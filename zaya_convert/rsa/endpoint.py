@@ -1,4 +1,4 @@
-"""``Endpoint``: rollouts by a server with OpenAI's API: ours, llama-server, vLLM, SGLang and others.
+"""``Endpoint``: rollouts by a server with OpenAI's API: ours, llama-server, vLLM, SGLang, others.
 
 Answers are streamed, so that the read timeout is about a server that has stalled, not about one
 that is slow. An attempt that fails is made again as a whole; half an answer is never one.
@@ -335,6 +335,8 @@ async def _events(lines: AsyncIterator[str]) -> AsyncIterator[str]:
         name, _, data = line.partition(":")
         if name == "data" and data.strip() != "[DONE]":
             yield data
+        elif name == "error":  # an older llama-server
+            yield f'{{"error": {data}}}'
 
 
 def _base(url: str) -> str:

@@ -145,7 +145,7 @@ class Decoder(Generic[S]):
             return []
         self._run_chosen()
         tokens = self._choose()
-        logprobs = self.logits.gather(1, tokens[:, None])[:, 0] - self.logits.logsumexp(1)
+        logprobs = self.logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
         steps: list[Step] = []
         for row, token, logprob in zip(self._rows, tokens.tolist(), logprobs.tolist(), strict=True):
             row.position += 1

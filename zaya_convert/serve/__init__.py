@@ -1,0 +1,1 @@
+"""A server with OpenAI's API over any engine of ours."""

@@ -1,0 +1,160 @@
+"""``Worker``: the one thread that runs the model, for everybody at once.
+
+Sequences join the running batch between two steps and leave it when they are done, so nobody waits
+for somebody else's last token.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from zaya_convert.runtime.engine import Engine
+from zaya_convert.runtime.generate import Decoder, Step, Task
+
+_PREFILL_CHUNK = 512  # columns of prompts run at once: bounds the memory of a long one
+
+
+class Listener(Protocol):
+    """Who wants the tokens of one sequence; called in the worker's thread."""
+
+    def take(self, step: Step, logits: Tensor) -> bool:
+        """One token and the logits [V] it was chosen from; False when no more are wanted."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """There will be no more tokens."""
+        ...
+
+
+class Full(Exception):
+    """No room for more sequences at this time."""
+
+
+class Stopped(Exception):
+    """The worker has been stopped."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A sequence on its way.
+
+    Attributes:
+        cancelled: nobody listens any more; whoever set it wakes nobody, the next step will see.
+    """
+
+    task: Task
+    listener: Listener
+    cancelled: bool = False
+
+
+class Worker:
+    """Runs jobs on an engine, at most ``batch`` at a time, in their order of arrival.
+
+    Args:
+        waiting: how many more may wait.
+    """
+
+    def __init__(self, engine: Engine[Any], batch: int, waiting: int) -> None:
+        self.batch, self.capacity = batch, batch + waiting
+        self._engine = engine
+        self._decoder = Decoder(engine, _PREFILL_CHUNK)
+        self._running: dict[int, Job] = {}
+        self._waiting: deque[Job] = deque()
+        self._joining: list[Job] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="worker", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Fail what is left and end, after the step that runs."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are worked on."""
+        return self._thread.is_alive()
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many sequences run, and how many wait."""
+        return len(self._running) + len(self._joining), len(self._waiting)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Take all of some jobs, or none.
+
+        Raises:
+            Full: there is no room for all of them.
+            Stopped: there never will be.
+        """
+        with self._changed:
+            if self._stopping or not self.alive:
+                raise Stopped
+            if sum(self.counts) + len(jobs) > self.capacity:
+                raise Full
+            self._waiting.extend(jobs)
+            self._changed.notify()
+
+    def _loop(self) -> None:
+        while self._admit():
+            try:
+                self._join()
+                self._step()
+            except Exception as error:
+                # A decoder that failed half way is not to be trusted again.
+                self._decoder = Decoder(self._engine, _PREFILL_CHUNK)
+                self._fail([*self._running.values(), *self._joining], error)
+                self._running.clear()
+                self._joining.clear()
+        self._fail([*self._running.values(), *self._waiting], Stopped())
+
+    def _admit(self) -> bool:
+        """Wait for something to do, and choose who joins; False when it is time to stop."""
+        with self._changed:
+            while not (self._running or self._waiting or self._stopping):
+                self._changed.wait()
+            while self._waiting and len(self._running) + len(self._joining) < self.batch:
+                job = self._waiting.popleft()
+                if not job.cancelled:
+                    self._joining.append(job)
+            return not self._stopping
+
+    def _join(self) -> None:
+        self._leave([name for name, job in self._running.items() if job.cancelled])
+        names = self._decoder.add([job.task for job in self._joining])
+        self._running |= zip(names, self._joining, strict=True)
+        self._joining = []
+
+    def _step(self) -> None:
+        steps = self._decoder.step()
+        done: list[int] = []
+        for step, logits in zip(steps, self._decoder.logits, strict=True):
+            wanted = self._running[step.sequence].listener.take(step, logits)
+            if step.finished:
+                del self._running[step.sequence]
+            elif not wanted:
+                done.append(step.sequence)
+        self._leave(done)
+
+    def _leave(self, names: Collection[int]) -> None:
+        if names:
+            self._decoder.remove(names)
+        for name in names:
+            del self._running[name]
+
+    @staticmethod
+    def _fail(jobs: Collection[Job], error: Exception) -> None:
+        for job in jobs:
+            job.listener.fail(error)
