@@ -28,7 +28,7 @@ from zaya_convert.models import open_model
 if TYPE_CHECKING:
     from transformers import ZayaForCausalLM
 
-_BIASES = "mlp.gate.balancing_biases"
+BALANCING_BIASES = "mlp.gate.balancing_biases"
 _ROUNDING = 0.01  # bf16 has 8 bits: 0.2 % is usual, a wrong scheme gives 50 % and more
 
 
@@ -39,7 +39,7 @@ def load_oracle(folder: Path, dtype: torch.dtype = torch.float32) -> ZayaForCaus
         UsageError: transformers is not installed, or does not know ZAYA.
         InputError: not such a checkpoint, or it did not load completely.
     """
-    _require("transformers")
+    require("transformers")
     checkpoint = open_model(str(folder))
     if checkpoint.format != "hybrid":
         raise InputError(
@@ -69,9 +69,9 @@ def load_artifact_in_transformers(
     """
     checkpoint = open_model(str(folder))
     if _mixes_schemes(checkpoint):
-        _require("transformers")
+        require("transformers")
         return _load_matrix_by_matrix(checkpoint, dtype)
-    _require("transformers", "compressed_tensors")
+    require("transformers", "compressed_tensors")
     from transformers import CompressedTensorsConfig
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
@@ -125,7 +125,7 @@ def _load_matrix_by_matrix(checkpoint: Checkpoint, dtype: torch.dtype) -> ZayaFo
             target = target if place.expert is None else target[place.expert]
             target = target[slice(*place.rows)] if place.rows else target
             target.copy_(checkpoint.read_float(key))
-            if key.part == _BIASES:  # kept in fp32 whatever the dtype of the rest
+            if key.part == BALANCING_BIASES:  # kept in fp32 whatever the dtype of the rest
                 target.data = checkpoint.read_float(key, torch.float32)
     if left:
         raise InputError([f"{name} is not filled" for name in sorted(left)], checkpoint.path.name)
@@ -154,7 +154,7 @@ def _load(checkpoint: Checkpoint, **options: Any) -> ZayaForCausalLM:
     with torch.no_grad():
         layers: Any = model.model.layers
         for index, layer in enumerate(layers):
-            biases = checkpoint.read_float(TensorKey(index, _BIASES), torch.float32)
+            biases = checkpoint.read_float(TensorKey(index, BALANCING_BIASES), torch.float32)
             layer.mlp.gate.balancing_biases.copy_(biases)
     return model.eval()
 
@@ -177,7 +177,12 @@ def _check_matrices(checkpoint: Checkpoint, loaded: Mapping[str, torch.Tensor]) 
         raise InputError(problems, f"{checkpoint.path.name} is decoded wrongly by transformers")
 
 
-def _require(*packages: str) -> None:
+def require(*packages: str) -> None:
+    """Check that packages are here, and that transformers knows ZAYA.
+
+    Raises:
+        UsageError: how to get what is missing.
+    """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         names = " and ".join(missing).replace("_", "-")
