@@ -770,10 +770,12 @@ ZQ_INLINE float reciprocal(float scale) {
     return __builtin_isinf(inverse) ? 0.0f : inverse;
 }
 
-ZQ_INLINE float first_largest(const V* x, float absmax) {
+// The first weight of the largest magnitude, with its sign.
+ZQ_INLINE float first_largest(const V* x, float low, float high) {
+    if (high != -low) return high > -low ? high : low;
     for (int i = 0; i < kBlock; i++) {
         const float value = x[i / W][i % W];
-        if (value == absmax || value == -absmax) return value;
+        if (value == high || value == low) return value;
     }
     return 0.0f;
 }
@@ -796,7 +798,7 @@ ZQ_INLINE bool plain_block(const BlockRequest& r, int64_t block, const V* x, flo
     float scale;
     if (TYPE == kQ8_0) scale = absmax / 127.0f;
     else if (minimum) scale = (high - low) / top;
-    else scale = first_largest(x, absmax) / -half;
+    else scale = first_largest(x, low, high) / -half;
     const V inverse = splat(reciprocal(scale));
     for (int i = 0; i < kVectors; i++) {
         V code;
