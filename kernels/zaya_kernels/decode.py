@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from typing import Protocol, cast
+from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,36 +25,47 @@ _STATE_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as ``zk::ScaleType`` has
 _DENSE_BITS = {torch.float32: 32, torch.bfloat16: 16}
 
 
-class Config(Protocol):
+@dataclass(frozen=True, slots=True)
+class Shape:
     """What a step must know of a model: see ``zaya_convert.config.ModelConfig``."""
 
-    @property
-    def layers(self) -> int: ...
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def experts(self) -> int: ...
-    @property
-    def expert_width(self) -> int: ...
-    @property
-    def router_width(self) -> int: ...
-    @property
-    def rotary_dim(self) -> int: ...
-    @property
-    def conv_taps(self) -> tuple[int, int]: ...
-    @property
-    def rope_thetas(self) -> tuple[float, ...]: ...
-    @property
-    def eps(self) -> float: ...
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    conv_taps: tuple[int, int]
+    experts: int
+    expert_width: int
+    router_width: int
+    rope_thetas: tuple[float, ...]
+    eps: float
 
 
-def _fields(kind: object, names: str) -> list[tuple[str, object]]:
+@dataclass(frozen=True, slots=True)
+class States:
+    """What one layer keeps of a batch; the tensors are contiguous and of the step's dtype.
+
+    Attributes:
+        buffer: keys and values [2, B, nkv, capacity, D], with room behind ``end``.
+        start: first of its columns that are in use.
+        end: behind the last one.
+        columns: raw query-key columns [B, c, taps].
+        delayed: delayed value rows [B, v].
+    """
+
+    buffer: Tensor
+    start: int
+    end: int
+    columns: Tensor
+    delayed: Tensor
+
+
+_Kind = TypeVar("_Kind")
+
+
+def _fields(kind: type[_Kind], names: str) -> list[tuple[str, type[_Kind]]]:
     return [(name, kind) for name in names.split()]
 
 
@@ -153,33 +165,11 @@ _RESIDUAL_PARTS = {
 }
 
 
-class States(Protocol):
-    """What one layer keeps of a batch; the tensors are contiguous and of the step's dtype.
-
-    Attributes:
-        buffer: keys and values [2, B, nkv, capacity, D], with room behind ``end``.
-        start, end: its columns that are in use.
-        columns: raw query-key columns [B, c, taps].
-        delayed: delayed value rows [B, v].
-    """
-
-    @property
-    def buffer(self) -> Tensor: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def end(self) -> int: ...
-    @property
-    def columns(self) -> Tensor: ...
-    @property
-    def delayed(self) -> Tensor: ...
-
-
 class Step:
     """A model as the native step reads it; see the top of the module.
 
     Args:
-        config: its dimensions.
+        shape: its dimensions.
         dtype: of its states, fp32 or bf16.
         layers: the tensors of each layer by part name, matrices packed or float.
         experts: of each layer.
@@ -192,7 +182,7 @@ class Step:
 
     def __init__(
         self,
-        config: Config,
+        shape: Shape,
         dtype: torch.dtype,
         layers: Sequence[Parts],
         experts: Sequence[Sequence[Expert]],
@@ -207,28 +197,26 @@ class Step:
             raise ValueError("for fp32 and bf16 only")
         self._kept: list[object] = []  # what the structs point to
         self._fast: set[bool] = set()
-        self._layers = len(layers)
+        self._dtype, self._layers = dtype, len(layers)
         self._rows = head.shape[0]
-        thetas = sorted(set(config.rope_thetas))
+        thetas = sorted(set(shape.rope_thetas))
         own = (_Layer * len(layers))()
-        for layer, parts, bank, theta in zip(
-            own, layers, experts, config.rope_thetas, strict=True
-        ):
+        for layer, parts, bank, theta in zip(own, layers, experts, shape.rope_thetas, strict=True):
             self._fill(layer, parts, bank)
             layer.rotation = thetas.index(theta)
-        dim = config.rotary_dim
+        dim = shape.rotary_dim
         exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
         frequencies = (_POINTER * len(thetas))(*(self._vector(1.0 / t**exponents) for t in thetas))
         self._kept += [own, frequencies]
         self._model = _Model(
-            *(config.layers, config.hidden, config.heads, config.kv_heads, config.head_dim),
-            *(config.rotary_dim, *config.conv_taps),
-            *(config.experts, config.expert_width, config.router_width, len(thetas)),
+            *(shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim),
+            *(shape.rotary_dim, *shape.conv_taps),
+            *(shape.experts, shape.expert_width, shape.router_width, len(thetas)),
             own,
             frequencies,
             self._vector(norm),
             self._linear(head, head_bias),
-            config.eps,
+            shape.eps,
             torch.finfo(dtype).eps,
             _STATE_TYPES[dtype],
         )
@@ -241,7 +229,6 @@ class Step:
         states: Sequence[States],
         past: int,
         valid: Tensor | None = None,
-        isa: str | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Advance every sequence by a token.
 
@@ -251,11 +238,13 @@ class Step:
                 ``end``. The caller moves ``end``.
             past: how many tokens came before.
             valid: [B, past + 1] booleans, False for padding; None when nothing is padded.
-            isa: one of ``supported_isas``; None: the best.
 
         Returns:
             Logits [B, V] fp32, the chosen classes [L, B] int32 (E = skip, -1 = padding) and their
             probabilities [L, B] fp32.
+
+        Raises:
+            ValueError: states of another batch or dtype.
         """
         batch = x.shape[0]
         x = x.contiguous().clone()
@@ -263,13 +252,18 @@ class Step:
         native = (_State * len(states))()
         for to, state in zip(native, states, strict=True):
             buffer = state.buffer
+            if buffer.shape[1] != batch or buffer.dtype != self._dtype:
+                raise ValueError(
+                    f"{batch} sequences of {self._dtype} continue states of "
+                    f"{buffer.shape[1]} of {buffer.dtype}"
+                )
             to.keys_values, to.capacity = buffer.data_ptr(), buffer.shape[3]
             to.start, to.end = state.start, state.end
             to.columns, to.delayed = state.columns.data_ptr(), state.delayed.data_ptr()
         logits = torch.empty(batch, self._rows)
         routes = torch.empty(self._layers, batch, dtype=torch.int32)
         weights = torch.empty(self._layers, batch)
-        chosen = ISAS.index(isa or supported_isas()[-1])
+        chosen = ISAS.index(supported_isas()[-1])
         options = Options(int(True in self._fast), chosen, max(1, torch.get_num_threads()), 0)
         status = library().zk_decode(
             ctypes.byref(self._model),

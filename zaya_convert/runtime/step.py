@@ -1,4 +1,4 @@
-"""The native decode step of a model: its weights and a ``Cache`` as ``zaya_kernels.decode`` sees them.
+"""The native decode step: a model's weights and a ``Cache`` as ``zaya_kernels.decode`` sees them.
 
 The states stay where ``Cache`` keeps them, in the same form, so that torch and the native step can
 take turns on one cache.
@@ -7,7 +7,7 @@ take turns on one cache.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from zaya_convert.config import ModelConfig
 from zaya_convert.runtime.cache import Cache
 from zaya_convert.runtime.weights import Weights
-from zaya_kernels.decode import Step
+from zaya_kernels.decode import Shape, States, Step
 from zaya_kernels.table import ENVIRONMENT
 
 
@@ -23,17 +23,6 @@ def refusal() -> str:
     """Why no model may take the native step, or ""."""
     forced = os.environ.get(ENVIRONMENT, "")
     return "" if forced in ("", "native", "native_fast") else f"{ENVIRONMENT}={forced}"
-
-
-@dataclass(frozen=True, slots=True)
-class _States:
-    """See ``zaya_kernels.decode.States``."""
-
-    buffer: Tensor
-    start: int
-    end: int
-    columns: Tensor
-    delayed: Tensor
 
 
 class NativeStep:
@@ -57,7 +46,8 @@ class NativeStep:
             ((_, head),) = weights.head_blocks()
         self._config, self._dtype = config, dtype
         bias = weights.vector("lm_head.bias")
-        self._step = Step(config, dtype, layers, experts, norm, head, bias)
+        shape = Shape(**{field.name: getattr(config, field.name) for field in fields(Shape)})
+        self._step = Step(shape, dtype, layers, experts, norm, head, bias)
         self._before = [
             parts.get("self_attn.qkv_proj.v_proj_delayed.bias") for parts in layers
         ]  # the delayed row where there is no token before
@@ -81,12 +71,12 @@ class NativeStep:
         cache.length, cache.valid = cache.length + 1, valid
         return result
 
-    def _states(self, cache: Cache, batch: int) -> list[_States]:
+    def _states(self, cache: Cache, batch: int) -> list[States]:
         """Every layer's states, contiguous and with room for one more column."""
         config = self._config
         like = torch.empty(batch, config.kv_heads, 1, config.head_dim, dtype=self._dtype)
         channels = (config.heads + config.kv_heads) * config.head_dim
-        states: list[_States] = []
+        states: list[States] = []
         for i, layer in enumerate(cache.keys_values):
             layer.buffer = layer.reserve(like).contiguous()
             columns, delayed = cache.conv[i], cache.delayed[i]
@@ -96,8 +86,7 @@ class NativeStep:
                 delayed = like.new_zeros(batch, config.kv_heads * config.head_dim // 2)
                 bias = self._before[i]
                 delayed = delayed if bias is None else delayed + bias
-            cache.conv[i], cache.delayed[i] = columns.contiguous(), delayed.contiguous()
-            states.append(
-                _States(layer.buffer, layer.start, layer.end, cache.conv[i], cache.delayed[i])
-            )
+            columns, delayed = columns.contiguous(), delayed.contiguous()
+            cache.conv[i], cache.delayed[i] = columns, delayed
+            states.append(States(layer.buffer, layer.start, layer.end, columns, delayed))
         return states
