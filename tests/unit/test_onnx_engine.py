@@ -19,7 +19,7 @@ from zaya_convert.data import load_sequences
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.models import open_model
 from zaya_convert.plan import make_plan
-from zaya_convert.runtime.generate import Sampling, complete
+from zaya_convert.runtime.generate import Decoder, Sampling, Task, complete
 from zaya_convert.runtime.model import PADDING, Model
 from zaya_convert.validate import Report, validate
 
@@ -196,6 +196,22 @@ def test_joined_states_go_on_as_they_would_alone(nano_pair: tuple[Model, OnnxMod
     alone = both.select([1]).join(joined[1])
     assert alone.length == 7
     assert {array.shape[2] for array in alone.arrays.values() if array.ndim == 4} == {7}
+
+
+def test_sequences_join_a_running_batch(made: Made) -> None:
+    engine = OnnxModel(open_model(str(made("bundled", 0, "onnx"))))
+    how = Sampling(1.0, top_p=0.95)
+    tasks = [Task(prompt, 16, how, (i,)) for i, prompt in enumerate(PROMPTS)]
+    decoder, found = Decoder(engine), [[] for _ in tasks]
+    for task in tasks:
+        decoder.add([task])
+        for _ in range(3):
+            for step in decoder.step():
+                found[step.sequence].append(step.token)
+    while len(decoder):
+        for step in decoder.step():
+            found[step.sequence].append(step.token)
+    assert found == [c.tokens for c in complete(engine, PROMPTS, max_new_tokens=16, sampling=how)]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
