@@ -41,12 +41,6 @@ class LocalGenerator:
         self.engine, self.tokenizer = engine, tokenizer
         self._rows, self._state_bytes = rows, state_bytes
 
-    def prompt(self, message: str) -> list[int]:
-        """The tokens a message becomes: the chat template around it, if the model has one."""
-        if self.tokenizer.template:
-            return self.tokenizer.chat([{"role": "user", "content": message}])
-        return self.tokenizer.encode(message)
-
     def generate(
         self,
         requests: Sequence[Request],
@@ -60,7 +54,7 @@ class LocalGenerator:
         Raises:
             InputError: a prompt that leaves no room in the context.
         """
-        prompts = [self.prompt(request.message) for request in requests]
+        prompts = [prompt_ids(self.tokenizer, request.message) for request in requests]
         self._check(prompts)
         how = Sampling(sampling.temperature, sampling.top_p, sampling.top_k)
         tasks = [
@@ -109,3 +103,10 @@ class LocalGenerator:
         column = 2 * 2 * 8 * config.layers * config.kv_heads * config.head_dim
         length = min(length, config.max_positions)
         return max(1, min(_ROWS, self._state_bytes // (column * length)))
+
+
+def prompt_ids(tokenizer: Tokenizer, message: str) -> list[int]:
+    """The tokens a message becomes: the chat template around it, if the model has one."""
+    if tokenizer.template:
+        return tokenizer.chat([{"role": "user", "content": message}])
+    return tokenizer.encode(message)

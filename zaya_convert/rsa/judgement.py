@@ -1,0 +1,165 @@
+"""From figures to checks, and from failed checks to what they point at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from zaya_convert.rsa.results import ParityReport
+from zaya_convert.rsa.statistics import Interval
+from zaya_convert.rsa.verdict import FAIL, UNDECIDED, Bounds, Check, at_least, at_most, enough
+
+_STANDS_OUT = 5  # times all other tokens
+
+
+def checks(report: ParityReport, bounds: Bounds) -> list[Check]:
+    """Every bound, in the order of the report: evidence, engine, weights, divergence, answers."""
+    return [
+        enough("evidence (problems)", report.problems, bounds.min_problems),
+        enough("evidence (teacher-forced tokens)", report.trace_tokens, bounds.min_tokens),
+        *_engine(report, bounds),
+        *_weights(report, bounds),
+        *_divergence(report, bounds),
+        *_answers(report, bounds),
+    ]
+
+
+def findings(report: ParityReport, bounds: Bounds) -> list[str]:
+    """What the figures point at, most specific first; nothing when all passed."""
+    failed = {check.name for check in report.checks if check.outcome == FAIL}
+    return list(_findings(report, bounds)) if failed else []
+
+
+def _engine(report: ParityReport, bounds: Bounds) -> Iterator[Check]:
+    found = report.engine_figures
+    if found is not None:
+        name = "engine against our runtime on the same weights (share of tokens beyond rounding)"
+        yield at_most(name, found.beyond, bounds.max_beyond)
+
+
+def _weights(report: ParityReport, bounds: Bounds) -> Iterator[Check]:
+    if report.weights is not None:
+        name = "every matrix is the reference's (worst SQNR, dB)"
+        yield at_least(name, report.weights.worst_sqnr_db, bounds.min_sqnr_db)
+
+
+def _divergence(report: ParityReport, bounds: Bounds) -> Iterator[Check]:
+    found, measure, excess = report.candidate_figures, report.yardstick_figures, report.excess
+    bits = f"{report.yardstick_bits} bits"
+    if report.sampled is not None and measure is not None:
+        limit = measure.kl_mean if bounds.max_kl is None else bounds.max_kl
+        yield at_most("KL divergence of sampled tokens, mean", report.sampled.kl, limit)
+    if found is None or excess is None:
+        return
+    if bounds.max_kl is not None:
+        yield at_most("KL divergence, mean", found.kl_mean, bounds.max_kl)
+    else:
+        yield at_most(f"KL divergence, mean, beyond that of {bits}", excess.kl, 0)
+    if bounds.max_kl_p99 is not None:
+        yield at_most("KL divergence, 99th percentile", found.kl_p99, bounds.max_kl_p99)
+    else:
+        name = f"tokens beyond the 99th percentile of {bits}, beyond 1 %"
+        yield at_most(name, excess.beyond, 0)
+    if excess.skipped is not None:
+        name = f"KL divergence on tokens that take the skip expert, beyond that of {bits}"
+        yield at_most(name, excess.skipped, 0)
+    if bounds.min_top1 is not None:
+        yield at_least("top-1 agreement", found.top1_agreement, bounds.min_top1)
+    else:
+        yield at_most(f"other best tokens than the reference, beyond {bits}", excess.top1, 0)
+    if bounds.min_router is not None:
+        yield at_least("router agreement", found.router_agreement, bounds.min_router)
+    else:
+        yield at_most(f"other experts than the reference, beyond {bits}", excess.router, 0)
+        worst = at_most(
+            f"the same in the worst layer ({excess.router_worst_layer})", excess.router_worst, 0
+        )
+        # the worst of many layers is bound to come near the limit: only a sure excess counts
+        yield replace(worst, outcome="pass") if worst.outcome == UNDECIDED else worst
+
+
+def _answers(report: ParityReport, bounds: Bounds) -> Iterator[Check]:
+    last = report.rounds[-1]
+    answered = last.answered_reference > 0
+    unknown = Interval(float("nan"), float("-inf"), float("inf"))
+    if last.difference is not None:
+        right = last.accuracy_reference is not None and last.accuracy_reference.value > 0
+        found = last.difference if right else unknown
+        yield at_least("accuracy in the last round, candidate - reference", found, -bounds.margin)
+    if last.beyond_self is not None:
+        found = last.beyond_self if answered else unknown
+        name = "agreement of answers, beyond that of the reference's own rollouts"
+        yield at_least(name, found, -bounds.margin)
+
+
+def _findings(report: ParityReport, bounds: Bounds) -> Iterator[str]:
+    yield from _engine_findings(report, bounds)
+    yield from _weight_findings(report)
+    found, measure = report.candidate_figures, report.yardstick_figures
+    if found is not None and measure is not None:
+        worst = min(
+            range(len(found.router_agreement_by_layer)),
+            key=lambda i: found.router_agreement_by_layer[i] - measure.router_agreement_by_layer[i],
+        )
+        ours, theirs = (f.router_agreement_by_layer[worst] for f in (found, measure))
+        if ours < theirs:
+            yield (
+                f"routing: layer {worst} sends {1 - ours:.1%} of the tokens elsewhere, "
+                f"{report.yardstick_bits} bits would {1 - theirs:.1%}"
+            )
+        elif report.engine_figures is None or report.engine_figures.beyond.low <= bounds.max_beyond:
+            yield (
+                "routing holds in every layer, so it is not the routers: experts, attention or head"
+            )
+        top = [row for row in found.concentrated if row.times_others >= _STANDS_OUT]
+        if top:
+            places = "; ".join(
+                f"layer {row.layer}, {'skip expert' if row.expert < 0 else f'expert {row.expert}'} "
+                f"({row.times_others:.0f} times the others)"
+                for row in top
+            )
+            yield f"divergence is concentrated on tokens of {places}"
+    yield from _trace_findings(report)
+
+
+def _engine_findings(report: ParityReport, bounds: Bounds) -> Iterator[str]:
+    found = report.engine_figures
+    if found is None or found.beyond.value <= bounds.max_beyond:
+        return
+    layer = (
+        ""
+        if found.first_layer is None
+        else f", seen first by the router of layer {found.first_layer}"
+    )
+    yield (
+        f"engine: {found.beyond.value:.1%} of the tokens differ from our runtime on the same "
+        f"weights, from position {found.first_column} on{layer}"
+    )
+    if found.whole_beyond is not None and found.whole_beyond <= bounds.max_beyond:
+        yield (
+            "engine: whole sequences come out right, so states are lost or wrong between blocks "
+            "(keys and values, convolution, delayed values)"
+        )
+    skipped, others = found.kl_skipped, found.kl_not_skipped
+    if skipped is not None and others is not None and skipped > _STANDS_OUT * others:
+        yield (
+            f"engine: tokens that take the skip expert differ most (KL {skipped:.2g}, the others "
+            f"{others:.2g})"
+        )
+
+
+def _weight_findings(report: ParityReport) -> Iterator[str]:
+    if report.weights is None or not report.weights.strangers:
+        return
+    names = [f"{name} ({sqnr:.1f} dB)" for name, sqnr in report.weights.strangers]
+    rest = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    yield f"weights: not the reference's: {', '.join(names[:6])}{rest}"
+
+
+def _trace_findings(report: ParityReport) -> Iterator[str]:
+    first = sorted(report.rounds[0].first_divergence)
+    if first:
+        yield (
+            f"rollouts: {1 - report.rounds[0].identical_traces:.1%} of round 0 leave the "
+            f"reference's, half of them by token {first[len(first) // 2]}"
+        )
