@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from zaya_convert.runtime.generate import (
     complete,
     generate,
 )
-from zaya_convert.runtime.model import Model
+from zaya_convert.runtime.model import Model, Output
 
 PROMPTS = [[5, 6, 7, 8], [9], [11, 12, 13, 14, 15, 16, 17]]
 HOT = Sampling(temperature=1.5, top_p=0.95, seed=3)
@@ -202,3 +203,21 @@ def test_nothing_to_do_is_nothing_done(model: Model) -> None:
     decoder = Decoder(model)
     assert decoder.add([]) == []
     assert decoder.step() == []
+
+
+def test_a_common_beginning_is_run_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    stem = list(range(20, 40))
+    prompts = [[9], [*stem, 5], [*stem, 6, 7, 8], [*stem, 5, 11], [3, 4], [1, 2, 3]]
+    streams = [(i,) for i in range(len(prompts))]
+    alone = [texts(model, [p], [s])[0] for p, s in zip(prompts, streams, strict=True)]
+    columns: list[int] = []
+    forward = Model.forward
+
+    def counted(self: Model, ids: torch.Tensor, **options: Any) -> Output:
+        columns.append(ids.numel())
+        return forward(self, ids, **options)
+
+    monkeypatch.setattr(Model, "forward", counted)
+    assert texts(model, prompts, streams) == alone
+    # the stem, three endings, the others padded to three columns; then decode steps
+    assert sum(columns[:5]) == 20 + 1 + 3 + 2 + 3 * 3
