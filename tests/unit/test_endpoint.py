@@ -146,12 +146,12 @@ def test_tokens_and_logprobs_of_llama_server_and_vllm() -> None:
         return {"content": [{"id": i, "token": "", "logprob": p} for i, p in tokens]}
 
     llama = event(delta={"content": "a"}, logprobs=told((5, -0.5), (6, -1.5))) + event(
-        delta={}, logprobs=told((2, -0.1)), finish_reason="stop"
+        delta={}, finish_reason="stop"
     )
     vllm = event(delta={"content": "ab"}, token_ids=[5, 6]) + event(
         delta={"content": ""}, token_ids=[2], finish_reason="stop"
     )
-    partly = event(delta={"content": "ab"}, token_ids=[5, 6], finish_reason="stop")
+    partly = event(delta={"content": "ab"}, token_ids=[5], finish_reason="stop")
     streams = [reply(200, text + USAGE, EVENTS) for text in (llama, vllm, partly)]
     with misbehaving(streams) as server:
         found = [answers(server)[0] for _ in streams]

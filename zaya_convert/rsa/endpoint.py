@@ -299,7 +299,7 @@ class _Heard:
             self.tokens += ids
 
     def answer(self, url: str) -> Answer:
-        """All of it; the stop token, which servers count and tell, is left out.
+        """All of it; the stop token, which servers count and some tell, is left out.
 
         Raises:
             _Transient: the answer has no end.
@@ -313,14 +313,18 @@ class _Heard:
         if not isinstance(prompt, int) or not isinstance(new, int):
             raise InputError("does not tell how many tokens an answer took (usage)", url)
         kept = max(new - (self.finished == "stop"), 0)
-        complete = len(self.tokens) == new, len(self.logprobs) == new
+        told = (kept, new)
         return Answer(
             text=self._text(),
-            tokens=tuple(self.tokens[:kept]) if complete[0] else None,
+            tokens=tuple(self.tokens[:kept]) if self.tokens and len(self.tokens) in told else None,
             prompt_tokens=prompt,
             new_tokens=kept,
             finished=self.finished,
-            logprobs=tuple(self.logprobs[:kept]) if complete[1] and new else None,
+            logprobs=(
+                tuple(self.logprobs[:kept])
+                if self.logprobs and len(self.logprobs) in told
+                else None
+            ),
         )
 
     def _text(self) -> str:
