@@ -33,6 +33,7 @@ COMMANDS = {
     "export": ("zaya_convert.cli.export", "Write a checkpoint or artifact in another packing."),
     "generate": ("zaya_convert.cli.generate", "Run a model on a prompt."),
     "serve": ("zaya_convert.cli.serve", "Serve a model with OpenAI's API."),
+    "bench": ("zaya_convert.cli.bench", "Measure speed, beside ceilings and peers."),
     "recipes": ("zaya_convert.cli.recipes", "List the shipped recipes, or print one."),
     "doctor": ("zaya_convert.cli.doctor", "Show versions, devices and kernels in use, and why."),
 }

@@ -3,11 +3,23 @@
 A lane holds whole blocks, so that wave32 and wave64 differ only in how many blocks of a row one
 step takes, never in the bytes. The tiles of "hopper" were chosen on an H100, those of the others by
 what the compiler made of them alone: no spills, 16-byte loads.
+
+``zaya-convert bench --gpu`` times others. A device whose tiles were tuned has a file of its own,
+``tuned/NAME.json``: the ``tuned`` part of that command's report. ``ZAYA_TILES=FILE`` in the
+environment takes such a file, or a whole report, from elsewhere.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = "ZAYA_TILES"
+TUNED = Path(__file__).with_name("tuned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +67,39 @@ def family(backend: str, arch: str) -> str:
     if backend == "cuda":
         return "hopper" if 90 <= int(arch) < 120 else "cuda"
     return "cdna" if arch.startswith("gfx9") else "rdna"
+
+
+def slug(device: str) -> str:
+    """A device's name as that of a file: ``NVIDIA H100 80GB HBM3`` → ``nvidia-h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def for_device(device: str, backend: str, arch: str) -> Tiles:
+    """Tiles of a device: those tuned for it, else those of its family.
+
+    Raises:
+        ValueError: ``ZAYA_TILES`` names a file that holds none.
+    """
+    own = TUNED / f"{slug(device)}.json"
+    chosen = os.environ.get(ENVIRONMENT) or (str(own) if own.is_file() else "")
+    return load(Path(chosen)) if chosen else FAMILIES[family(backend, arch)]
+
+
+def load(path: Path) -> Tiles:
+    """Tiles from a file as ``to_json`` describes them, or from a report that holds one.
+
+    Raises:
+        ValueError: there is no such file, or it holds no tiles.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        tiles = found.get("tuned", found)["tiles"]
+        kinds = {"decode": Decode, "few": Prefill, "many": Prefill}
+        return Tiles(**{name: kind(**tiles[name]) for name, kind in kinds.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no tiles ({type(error).__name__}: {error})") from None
+
+
+def to_json(tiles: Tiles) -> dict[str, Any]:
+    """``{"decode": {...}, "few": {...}, "many": {...}}``."""
+    return asdict(tiles)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -161,15 +162,39 @@ def kernels() -> ModuleType:
     return device
 
 
+def target(device: torch.device) -> tuple[str, str, str]:
+    """(name, backend, arch) of a GPU: ("NVIDIA H100 80GB HBM3", "cuda", "90")."""
+    facts = torch.cuda.get_device_properties(device)
+    if torch.version.hip is None:
+        return facts.name, "cuda", f"{facts.major}{facts.minor}"
+    return facts.name, "hip", facts.gcnArchName.partition(":")[0]
+
+
 def tiles(device: torch.device) -> configs.Tiles:
     """Tiles for a device."""
-    if interpreting():
-        return configs.FAMILIES["interpreter"]
-    if torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        return configs.FAMILIES[configs.family("cuda", f"{major}{minor}")]
-    arch = torch.cuda.get_device_properties(device).gcnArchName
-    return configs.FAMILIES[configs.family("hip", arch)]
+    return _using[-1] if _using else _tiles(device)
+
+
+@contextmanager
+def using(chosen: configs.Tiles) -> Iterator[None]:
+    """Launch with given tiles, to compare them."""
+    _using.append(chosen)
+    try:
+        yield
+    finally:
+        _using.pop()
+
+
+_using: list[configs.Tiles] = []
+# What the last launch of each kernel ran: triton tells its registers and spills. Interpreted: None.
+compiled: dict[str, Any] = {}
+
+
+@cache
+def _tiles(device: torch.device) -> configs.Tiles:
+    return (
+        configs.FAMILIES["interpreter"] if interpreting() else configs.for_device(*target(device))
+    )
 
 
 def _tile(x: Tensor, tokens_each: int) -> configs.Prefill:
@@ -198,7 +223,7 @@ def _decode(
     swiglu: bool = False,
 ) -> None:
     tile, rows = tiles(x.device).decode, out.shape[1]
-    kernels().decode[(-(-rows // tile.block_n), len(x))](
+    compiled["decode"] = kernels().decode[(-(-rows // tile.block_n), len(x))](
         x, packed.words, packed.scales, packed.zeros, bias, ids, shares, out,
         **_numbers(packed, rows), experts=_experts(packed),
         x_stride=x.stride(0), out_stride=out.stride(0),
@@ -221,7 +246,7 @@ def _prefill(
     rows = out.shape[1]
     order, expert, first, last = routes or (None, None, None, None)
     count = -(-len(x) // tile.block_m) if expert is None else len(expert)
-    kernels().prefill[(count, -(-rows // tile.block_n))](
+    compiled["prefill"] = kernels().prefill[(count, -(-rows // tile.block_n))](
         x, packed.words, packed.scales, packed.zeros, bias, order, expert, first, last, shares,
         out, tokens=len(x), **_numbers(packed, rows), experts=_experts(packed),
         x_stride=x.stride(0), out_stride=out.stride(0),

@@ -1,0 +1,131 @@
+"""llama.cpp's CPU kernels, from a folder with its shared libraries, through their C interface."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from zaya_convert.bench.measure import Call
+from zaya_convert.errors import InputError
+
+_TYPES = {"Q4_0": 2, "Q8_0": 8}  # ggml.h
+_F32 = 0
+_HEADROOM = 1 << 20  # for the descriptions of tensors and graphs
+_REPACK = "CPU_REPACK"
+_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_SILENT = _LOG(lambda level, text, data: None)
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (
+        ("mem_size", ctypes.c_size_t),
+        ("mem_buffer", ctypes.c_void_p),
+        ("no_alloc", ctypes.c_bool),
+    )
+
+
+def load(folder: Path) -> Libraries:
+    """Load ``libggml-base`` and ``libggml-cpu`` from anywhere below a folder.
+
+    Raises:
+        InputError: they are not there, or do not load.
+    """
+    loaded: list[ctypes.CDLL] = []
+    for name in ("libggml-base.so", "libggml-cpu.so"):
+        path = next(iter(sorted(folder.rglob(name))), None)
+        if path is None:
+            raise InputError(f"has no {name}: build llama.cpp with BUILD_SHARED_LIBS", str(folder))
+        try:
+            loaded.append(ctypes.CDLL(str(path.resolve()), mode=ctypes.RTLD_GLOBAL))
+        except OSError as error:
+            raise InputError(f"does not load: {error}", str(path)) from None
+    return Libraries(*loaded)
+
+
+class Libraries:
+    """ggml, loaded."""
+
+    def __init__(self, base: ctypes.CDLL, cpu: ctypes.CDLL) -> None:
+        self._base, self._cpu = base, cpu
+        pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        signatures: dict[str, tuple[ctypes.CDLL, Any, list[Any]]] = {
+            "ggml_init": (base, pointer, [_InitParams]),
+            "ggml_new_tensor_2d": (base, pointer, [pointer, i32, i64, i64]),
+            "ggml_mul_mat": (base, pointer, [pointer, pointer, pointer]),
+            "ggml_log_set": (base, None, [_LOG, pointer]),
+            "ggml_new_graph": (base, pointer, [pointer]),
+            "ggml_build_forward_expand": (base, None, [pointer, pointer]),
+            "ggml_nbytes": (base, ctypes.c_size_t, [pointer]),
+            "ggml_backend_alloc_ctx_tensors_from_buft": (base, pointer, [pointer, pointer]),
+            "ggml_backend_tensor_set":
+                (base, None, [pointer, pointer, ctypes.c_size_t, ctypes.c_size_t]),
+            "ggml_backend_graph_compute": (base, i32, [pointer, pointer]),
+            "ggml_backend_get_default_buffer_type": (base, pointer, [pointer]),
+            "ggml_backend_buft_name": (base, ctypes.c_char_p, [pointer]),
+            "ggml_backend_reg_get_proc_address": (base, pointer, [pointer, ctypes.c_char_p]),
+            "ggml_backend_reg_dev_get": (base, pointer, [pointer, ctypes.c_size_t]),
+            "ggml_backend_cpu_init": (cpu, pointer, []),
+            "ggml_backend_cpu_reg": (cpu, pointer, []),
+            "ggml_backend_cpu_set_n_threads": (cpu, None, [pointer, i32]),
+        }  # fmt: skip
+        for name, (owner, result, arguments) in signatures.items():
+            function = getattr(owner, name)
+            function.restype, function.argtypes = result, arguments
+        base.ggml_log_set(_SILENT, None)
+
+    def products(self, kind: str, rows: int, x: Tensor, threads: int) -> Iterator[tuple[str, Call]]:
+        """``x @ weight.T`` on a matrix of a block type: as it is stored, and repacked.
+
+        Args:
+            kind: "Q4_0" or "Q8_0".
+            rows: outputs.
+            x: [n, in] fp32.
+        """
+        plain = self._base.ggml_backend_get_default_buffer_type(self._cpu.ggml_backend_cpu_init())
+        kinds = {f"ggml {kind}": plain}
+        # x86 has no other order of Q8_0, and the buffer does not survive being asked for it.
+        if kind == "Q4_0" and (repacked := self._repack_type()) is not None:
+            kinds[f"ggml {kind} repacked"] = repacked
+        for name, buffer_type in kinds.items():
+            yield name, self._product(kind, rows, x, threads, buffer_type, plain)
+
+    def _product(
+        self, kind: str, rows: int, x: Tensor, threads: int, weights_in: int, others_in: int
+    ) -> Call:
+        base, cpu = self._base, self._cpu
+        held = base.ggml_init(_InitParams(_HEADROOM, None, True))
+        weight = base.ggml_new_tensor_2d(held, _TYPES[kind], x.shape[1], rows)
+        base.ggml_backend_alloc_ctx_tensors_from_buft(held, weights_in)
+        size = base.ggml_nbytes(weight)
+        base.ggml_backend_tensor_set(weight, ctypes.create_string_buffer(size), 0, size)
+        passing = base.ggml_init(_InitParams(_HEADROOM, None, True))
+        inputs = base.ggml_new_tensor_2d(passing, _F32, x.shape[1], x.shape[0])
+        graph = base.ggml_new_graph(passing)
+        base.ggml_build_forward_expand(graph, base.ggml_mul_mat(passing, weight, inputs))
+        base.ggml_backend_alloc_ctx_tensors_from_buft(passing, others_in)
+        values = x.float().contiguous()
+        base.ggml_backend_tensor_set(inputs, values.data_ptr(), 0, values.nbytes)
+        backend = cpu.ggml_backend_cpu_init()
+        cpu.ggml_backend_cpu_set_n_threads(backend, threads)
+        return lambda: base.ggml_backend_graph_compute(backend, graph)
+
+    def _repack_type(self) -> int | None:
+        """The buffers whose matrices are repacked, where this build and machine have them."""
+        registry = self._cpu.ggml_backend_cpu_reg()
+        address = self._base.ggml_backend_reg_get_proc_address(
+            registry, b"ggml_backend_dev_get_extra_bufts"
+        )
+        if not address:
+            return None
+        kind = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)
+        found = kind(address)(self._base.ggml_backend_reg_dev_get(registry, 0))
+        index = 0
+        while found and found[index]:
+            if self._base.ggml_backend_buft_name(found[index]).decode() == _REPACK:
+                return found[index]
+            index += 1
+        return None

@@ -1,0 +1,235 @@
+"""Products with quantized weights on the CPU, beside ceilings and peers.
+
+Decode reads more weights than any cache holds: many experts in turn, or one large head. Its ceiling
+is a pure read of the same bytes. Prefill computes; its ceiling is the fastest dense product of
+torch's, fp32 or int8, measured beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zaya_convert.bench import ggml, peers
+from zaya_convert.bench.measure import CEILING, PEER, Call, Case, Contender
+from zaya_kernels import native, table
+from zaya_kernels.library import library
+from zaya_kernels.packed import PackedWeight
+from zaya_kernels.reference import Expert
+from zaya_kernels.request import Request
+from zaya_quant.qtensor import QuantTensor
+from zaya_quant.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Attributes:
+        width: of hidden states, and of experts.
+        experts: of the bank that prefill routes to.
+        rotated_bytes: least size of what decode reads before it comes back to the same.
+        head_rows: outputs of the head.
+        tokens: of prefill.
+        dense: edge of the dense products.
+    """
+
+    width: int = 2048
+    experts: int = 16
+    rotated_bytes: int = 320 << 20
+    head_rows: int = 131072
+    tokens: int = 256
+    dense: int = 2048
+
+
+SMALL = Sizes(256, 4, 1 << 20, 4096, 32, 256)
+SPECS = (QuantSpec(4, 32), QuantSpec(4, 128), QuantSpec(8, 32))
+NATIVE = ("native_fast", "native")
+
+
+def cases(sizes: Sizes, threads: int, llama: Path | None = None) -> Iterator[Case]:
+    """Every case, made when it is asked for: each holds some hundred MB.
+
+    Raises:
+        InputError: ``llama`` is no folder with ggml's libraries.
+    """
+    libraries = None if llama is None else ggml.load(llama)
+    ceilings = dense_products(sizes.dense)
+    for spec in SPECS:
+        yield experts_decode(spec, sizes, threads)
+        yield head_decode(spec, sizes, threads, libraries)
+        yield experts_prefill(spec, sizes, threads, ceilings)
+        yield linear_prefill(spec, sizes, threads, ceilings, libraries)
+
+
+def random_weight(rows: int, columns: int, spec: QuantSpec) -> QuantTensor:
+    """Codes of every value; speed does not depend on them."""
+    codes = torch.randint(spec.qmin, spec.qmax + 1, (rows, columns), dtype=torch.int8)
+    scales = (torch.rand(rows, spec.groups(columns)) + 0.5) / (spec.qmax * columns**0.5)
+    return QuantTensor(codes, scales.half(), None, spec)
+
+
+def read(weights: Sequence[PackedWeight], threads: int) -> Call:
+    """A call that only reads the bytes of some matrices."""
+
+    def call() -> None:
+        for weight in weights:
+            library().zk_read(weight.matrix.data, weight.nbytes, threads)
+
+    return call
+
+
+def experts_decode(spec: QuantSpec, sizes: Sizes, threads: int) -> Case:
+    """One token by one expert after another."""
+    three = [random_weight(sizes.width, sizes.width, spec) for _ in range(3)]
+    bodies = _bodies("moe_ffn", spec)
+    first = [bodies[0].pack(matrix) for matrix in three if bodies[0].pack]
+    each = sum(matrix.nbytes for matrix in first)
+    count = max(2, -(-sizes.rotated_bytes // each))
+    banks = {
+        row.name: [Expert(*(row.pack(matrix) for matrix in three if row.pack))
+                   for _ in range(count)]
+        for row in bodies
+    }  # fmt: skip
+    x, share = torch.randn(1, sizes.width), torch.ones(1)
+    ids = [torch.tensor([index]) for index in range(count)]
+    contenders = [
+        Contender(row.name, [
+            lambda i=i, row=row: row.body(x, i, share, banks[row.name].__getitem__) for i in ids
+        ])
+        for row in bodies
+    ]  # fmt: skip
+    reads = [read([m for m in three if isinstance(m, PackedWeight)], threads)
+             for three in banks[bodies[0].name]]  # fmt: skip
+    contenders.append(Contender("read of the same bytes", reads, CEILING))
+    notes = []
+    if peers.has_onnxruntime():
+        call_of = peers.qmoe(spec.bits, spec.group_size, count, sizes.width, x, threads)
+        contenders.append(Contender("onnxruntime QMoE", [call_of(i) for i in ids], PEER))
+    else:
+        notes.append("onnxruntime QMoE: not installed (extra: onnx)")
+    name = f"expert FFN, 1 token, {_label(spec)}, {count} experts of {sizes.width} in turn"
+    return Case(name, each, 2 * 3 * sizes.width**2, contenders, notes)
+
+
+def head_decode(
+    spec: QuantSpec, sizes: Sizes, threads: int, libraries: ggml.Libraries | None
+) -> Case:
+    """One token by a matrix larger than caches."""
+    rows = sizes.head_rows
+    x = torch.randn(1, sizes.width)
+    contenders, packed = _linears(spec, rows, x)
+    contenders.append(Contender("read of the same bytes", [read([packed], threads)], CEILING))
+    found, notes = _linear_peers(spec, rows, x, threads, libraries)
+    name = f"head {rows} × {sizes.width}, 1 token, {_label(spec)}"
+    return Case(name, packed.nbytes, 2 * rows * sizes.width, [*contenders, *found], notes)
+
+
+def experts_prefill(
+    spec: QuantSpec, sizes: Sizes, threads: int, ceilings: Sequence[Contender]
+) -> Case:
+    """Many tokens, each by one of some experts."""
+    x = torch.randn(sizes.tokens, sizes.width)
+    ids, shares = torch.randint(sizes.experts, (sizes.tokens,)), torch.ones(sizes.tokens)
+    stored = [
+        [random_weight(sizes.width, sizes.width, spec) for _ in range(3)]
+        for _ in range(sizes.experts)
+    ]
+    contenders, total = [], 0
+    for row in _bodies("moe_ffn", spec):
+        bank = [Expert(*(row.pack(m) for m in three if row.pack)) for three in stored]
+        total = sum(m.nbytes for three in bank for m in three if isinstance(m, PackedWeight))
+        contenders.append(
+            Contender(row.name, [
+                lambda row=row, bank=bank: row.body(x, ids, shares, bank.__getitem__)
+            ])
+        )  # fmt: skip
+    notes = []
+    if peers.has_onnxruntime():
+        call_of = peers.qmoe(spec.bits, spec.group_size, sizes.experts, sizes.width, x, threads)
+        contenders.append(Contender("onnxruntime QMoE", [call_of(ids)], PEER))
+    else:
+        notes.append("onnxruntime QMoE: not installed (extra: onnx)")
+    name = f"expert FFN, {sizes.tokens} tokens, {sizes.experts} experts, {_label(spec)}"
+    operations = 2 * 3 * sizes.tokens * sizes.width**2
+    return Case(name, total, operations, [*contenders, *ceilings], notes)
+
+
+def linear_prefill(
+    spec: QuantSpec,
+    sizes: Sizes,
+    threads: int,
+    ceilings: Sequence[Contender],
+    libraries: ggml.Libraries | None,
+) -> Case:
+    """Many tokens by one matrix."""
+    rows, x = 2 * sizes.width, torch.randn(sizes.tokens, sizes.width)
+    contenders, packed = _linears(spec, rows, x)
+    found, notes = _linear_peers(spec, rows, x, threads, libraries)
+    name = f"linear {rows} × {sizes.width}, {sizes.tokens} tokens, {_label(spec)}"
+    operations = 2 * sizes.tokens * rows * sizes.width
+    return Case(name, packed.nbytes, operations, [*contenders, *found, *ceilings], notes)
+
+
+def dense_products(edge: int) -> list[Contender]:
+    """torch's dense products, in fp32 through oneDNN and in int8 where it has one."""
+    operations = 2 * edge**3
+    a, b = torch.randn(edge, edge), torch.randn(edge, edge)
+    row = table.choose("linear", Request())
+    made = [Contender("dense fp32 product", [lambda: row.body(a, b)], CEILING, operations)]
+    narrow = [torch.randint(-8, 8, (edge, edge), dtype=torch.int8) for _ in range(2)]
+    product = partial(torch.ops.aten._int_mm, *narrow)
+    try:
+        product()
+    except RuntimeError:
+        return made
+    int8 = Contender("dense int8 product", [product], CEILING, operations)
+    return [*made, int8]
+
+
+def _bodies(op: str, spec: QuantSpec) -> list[table.Row]:
+    """Our packing rows that can run."""
+    request = Request(spec=spec, fast=True)
+    return [row for row in table.OPS[op] if row.name in NATIVE and row.refusal(request) is None]
+
+
+def _linears(spec: QuantSpec, rows: int, x: Tensor) -> tuple[list[Contender], PackedWeight]:
+    stored = random_weight(rows, x.shape[1], spec)
+    made, packed = [], None
+    for row in _bodies("linear", spec):
+        assert row.pack is not None
+        packed = row.pack(stored)
+        made.append(Contender(row.name, [lambda own=packed: native.linear(x, own)]))
+    assert packed is not None
+    return made, packed
+
+
+def _linear_peers(
+    spec: QuantSpec, rows: int, x: Tensor, threads: int, libraries: ggml.Libraries | None
+) -> tuple[list[Contender], list[str]]:
+    found: list[Contender] = []
+    notes: list[str] = []
+    if peers.has_onnxruntime():
+        call = peers.matmul_nbits(spec.bits, spec.group_size, rows, x, threads)
+        found.append(Contender("onnxruntime MatMulNBits", [call], PEER))
+    else:
+        notes.append("onnxruntime MatMulNBits: not installed (extra: onnx)")
+    try:
+        name, call = peers.torch_packed(spec.bits, spec.group_size, rows, x)
+        call()
+        found.append(Contender(name, [call], PEER))
+    except (RuntimeError, AttributeError) as error:
+        notes.append(f"torch int{spec.bits}pack: {str(error).splitlines()[0]}")
+    if libraries is not None and spec.group_size == 32:
+        for name, call in libraries.products(spec.ggml_type, rows, x, threads):
+            found.append(Contender(name, [call], PEER))
+    return found, notes
+
+
+def _label(spec: QuantSpec) -> str:
+    return f"int{spec.bits} group {spec.group_size}"
