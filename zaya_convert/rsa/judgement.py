@@ -10,6 +10,7 @@ from zaya_convert.rsa.statistics import Interval
 from zaya_convert.rsa.verdict import FAIL, UNDECIDED, Bounds, Check, at_least, at_most, enough
 
 _STANDS_OUT = 5  # times all other tokens
+_SHOWN = 6
 
 
 def checks(report: ParityReport, bounds: Bounds) -> list[Check]:
@@ -151,9 +152,17 @@ def _engine_findings(report: ParityReport, bounds: Bounds) -> Iterator[str]:
 def _weight_findings(report: ParityReport) -> Iterator[str]:
     if report.weights is None or not report.weights.strangers:
         return
-    names = [f"{name} ({sqnr:.1f} dB)" for name, sqnr in report.weights.strangers]
-    rest = f" and {len(names) - 6} more" if len(names) > 6 else ""
-    yield f"weights: not the reference's: {', '.join(names[:6])}{rest}"
+    layers: dict[int, dict[int, float]] = {}
+    for _, layer, expert, sqnr in report.weights.strangers:
+        experts = layers.setdefault(layer, {})
+        experts[expert] = min(sqnr, experts.get(expert, sqnr))
+    for layer, experts in list(layers.items())[:_SHOWN]:
+        names = [
+            f"{'attention' if expert < 0 else f'expert {expert}'} ({sqnr:.1f} dB)"
+            for expert, sqnr in list(experts.items())[:_SHOWN]
+        ]
+        more = f" and {len(experts) - _SHOWN} more" if len(experts) > _SHOWN else ""
+        yield f"weights: layer {layer} has matrices of another model: {', '.join(names)}{more}"
 
 
 def _trace_findings(report: ParityReport) -> Iterator[str]:

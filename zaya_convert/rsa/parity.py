@@ -12,7 +12,6 @@ still the reference's model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -39,7 +38,7 @@ from zaya_convert.rsa.verdict import Bounds
 from zaya_convert.runtime.engine import Engine
 from zaya_convert.runtime.model import Evaluation
 from zaya_convert.runtime.tokenizer import Tokenizer
-from zaya_convert.validate import compare_weights
+from zaya_convert.validate import TensorError, compare_weights
 
 # (what, done, of)
 Progress = Callable[[str, int, int], None]
@@ -91,7 +90,9 @@ def parity(
     skip = source.config.experts
     own = forced.evaluate(judge, traces, _stage(progress, "reference reads its traces"))
     test = _Reader(traces, Places.of(traces), judge, own, skip, progress)
-    coarse = yardstick.rounded(source, plan.yardstick_bits)
+    errors = _errors(source, candidate.checkpoint, progress)
+    keys = yardstick.scope(source, errors)
+    coarse = yardstick.rounded(source, keys, plan.yardstick_bits)
     measure = test.whole(reference.arithmetic.model(coarse, resident=False), "yardstick")
     runs = Runs(plan.problems, ours, theirs)
     report = ParityReport(
@@ -110,6 +111,8 @@ def parity(
         trace_tokens=sum(len(trace.ids) for trace in traces),
         skip_rate_reference=float((own.routes == skip).double().mean()),
         yardstick_bits=plan.yardstick_bits,
+        yardstick_matrices=len(keys),
+        weights=_weights(errors, plan.bounds) if candidate.checkpoint else None,
         yardstick_figures=evidence.figures(measure, own, test.places, skip),
     )
     if isinstance(generator, LocalGenerator) and candidate.checkpoint is not None:
@@ -119,7 +122,6 @@ def parity(
             candidate_figures=evidence.figures(reading, own, test.places, skip),
             excess=evidence.excess(reading, measure, own, test.places, skip),
             engine_figures=engine,
-            weights=_weights(source, candidate.checkpoint, plan.bounds, progress),
         )
     else:
         found = sampled.figures(judge, cutter.tokenizer, plan.problems, plan.settings, theirs)
@@ -250,16 +252,18 @@ class _Reader:
         return reading, found
 
 
-def _weights(
-    reference: Checkpoint, candidate: Checkpoint, bounds: Bounds, progress: Progress
-) -> WeightFigures:
-    errors, _ = compare_weights(reference, candidate, progress)
-    worst = min(errors, key=lambda row: row.sqnr_db, default=None)
-    strangers = sorted(
-        (e for e in errors if e.sqnr_db < bounds.min_sqnr_db), key=lambda e: e.sqnr_db
-    )
+def _errors(
+    reference: Checkpoint, candidate: Checkpoint | None, progress: Progress
+) -> list[TensorError]:
+    return [] if candidate is None else compare_weights(reference, candidate, progress)[0]
+
+
+def _weights(errors: Sequence[TensorError], bounds: Bounds) -> WeightFigures:
+    worst = min(errors, key=lambda row: row.sqnr_db)
+    strangers = [row for row in errors if row.sqnr_db < bounds.min_sqnr_db]
+    strangers.sort(key=lambda row: (row.layer, row.expert))
     return WeightFigures(
-        math.inf if worst is None else worst.sqnr_db,
-        "" if worst is None else worst.name,
-        [(row.name, row.sqnr_db) for row in strangers],
+        worst.sqnr_db,
+        worst.name,
+        [(row.name, row.layer, row.expert, row.sqnr_db) for row in strangers],
     )

@@ -17,12 +17,12 @@ class WeightFigures:
 
     Attributes:
         worst_sqnr_db: of all matrices; inf when none differs.
-        strangers: matrices below the bound, as (name, dB), worst first.
+        strangers: matrices below the bound, as (name, layer, expert or -1, dB).
     """
 
     worst_sqnr_db: float
     worst: str
-    strangers: list[tuple[str, float]]
+    strangers: list[tuple[str, int, int, float]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class ParityReport:
     trace_tokens: int
     skip_rate_reference: float
     yardstick_bits: int
+    yardstick_matrices: int
     candidate_figures: Figures | None = None
     yardstick_figures: Figures | None = None
     excess: Excess | None = None

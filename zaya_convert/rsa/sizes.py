@@ -28,7 +28,7 @@ class Size:
 
 
 SIZES: dict[str, Size] = {
-    "smoke": Size(16, Settings(4, 2, 1, 96, 40), 1, 8192, 0.15),
+    "smoke": Size(16, Settings(4, 2, 1, 96, 40), 1, 12288, 0.15),
     "standard": Size(64, Settings(8, 4, 2, 96, 40), 3, 16384, 0.05),
     "report": Size(None, PRESETS["report"], 3, 65536, 0.05),
 }
