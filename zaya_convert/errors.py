@@ -5,7 +5,8 @@ ZayaConvertError           1  internal error
 ├── InputError             3  a checkpoint, recipe, data file or artifact is bad
 ├── ValidationFailed       4  a candidate is outside the bounds asked for
 ├── OutputError            5  out of space, not writable, I/O failure
-└── OutputExistsError      6  the output exists already, or another run is writing it
+├── OutputExistsError      6  the output exists already, or another run is writing it
+└── Inconclusive           7  nothing failed, but there was too little evidence to pass
 
 Every message is one thing a person can act on: what is wrong, where (file, tensor, byte),
 what to do. ``InputError`` can carry many problems at once, because fixing them one run at a
@@ -22,6 +23,7 @@ EXIT_CODES: dict[int, str] = {
     4: "validation failed",
     5: "out of space or I/O",
     6: "output exists or is busy",
+    7: "inconclusive: too little evidence",
     130: "interrupted (SIGINT)",
     143: "terminated (SIGTERM)",
 }
@@ -72,6 +74,12 @@ class OutputExistsError(ZayaConvertError):
     """The output exists, or another process is writing it."""
 
     exit_code = 6
+
+
+class Inconclusive(ZayaConvertError):
+    """No bound is broken, but the evidence does not suffice to say that all are kept."""
+
+    exit_code = 7
 
 
 def _summary(problems: Sequence[str], where: str) -> str:

@@ -34,6 +34,11 @@ COMMANDS = {
     "generate": ("zaya_convert.cli.generate", "Run a model on a prompt."),
     "serve": ("zaya_convert.cli.serve", "Serve a model with OpenAI's API."),
     "bench": ("zaya_convert.cli.bench", "Measure speed, beside ceilings and peers."),
+    "rsa": ("zaya_convert.cli.rsa", "Solve problems by Markovian RSA."),
+    "rsa-parity": (
+        "zaya_convert.cli.rsa_parity",
+        "Prove that a candidate reasons like its reference.",
+    ),
     "recipes": ("zaya_convert.cli.recipes", "List the shipped recipes, or print one."),
     "doctor": ("zaya_convert.cli.doctor", "Show versions, devices and kernels in use, and why."),
 }

@@ -83,7 +83,7 @@ def command(
     Exit code 4 when a bound that was asked for is not kept.
     """
     opened = models.open_model(candidate)
-    original = _reference(opened, reference, out)
+    original = find_reference(opened, reference, out)
     runs = _engine(opened, engine, exact)
     for path in filter(None, (html, junit)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,10 +99,15 @@ def command(
     _publish(report, html, junit, out)
 
 
-def _reference(candidate: Checkpoint, name: str | None, out: Output) -> Checkpoint:
+def find_reference(candidate: Checkpoint | None, name: str | None, out: Output) -> Checkpoint:
+    """The reference that was named, or the bundled checkpoint for what was made from it.
+
+    Raises:
+        UsageError: none was named, and the candidate was made from something else.
+    """
     if name is not None:
         return models.open_model(name)
-    source = candidate.manifest.get("source")
+    source = None if candidate is None else candidate.manifest.get("source")
     known = source.get("model") if isinstance(source, Mapping) else None
     if known != models.BUNDLED.name:
         hint = f" (it was made from {known})" if known else ""

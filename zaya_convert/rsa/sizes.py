@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zaya_convert.rsa.settings import PRESETS, Settings
 
@@ -16,8 +16,8 @@ class Size:
         settings: of the runs.
         seeds: how many runs of each model.
         trace_tokens: of the reference's traces that are teacher-forced, at least.
-        margin: how much accuracy and agreement may fall short; about what a sample of this size
-            can tell from nothing.
+        margin: how much accuracy and agreement may fall short; about two standard errors of a
+            difference that a few problems of such a sample make.
     """
 
     problems: int | None
@@ -28,7 +28,14 @@ class Size:
 
 
 SIZES: dict[str, Size] = {
-    "smoke": Size(16, Settings(4, 2, 1, 96, 40), 1, 12288, 0.15),
-    "standard": Size(64, Settings(8, 4, 2, 96, 40), 3, 16384, 0.05),
+    "smoke": Size(16, Settings(4, 2, 1, 256, 64), 1, 12288, 0.15),
+    "standard": Size(48, Settings(8, 4, 2, 2048, 512), 3, 32768, 0.05),
     "report": Size(None, PRESETS["report"], 3, 65536, 0.05),
 }
+
+
+def settings_for(size: str, bundled: bool) -> Settings:
+    """Settings of a size; the bundled checkpoint has short traces, and tails to match."""
+    settings = SIZES[size].settings
+    tiny = PRESETS["tiny"]
+    return replace(settings, budget=tiny.budget, tail=tiny.tail) if bundled else settings
