@@ -9,34 +9,50 @@ from typing import TypeVar
 
 from zaya_convert.errors import InputError
 
-MODEL_ID = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+MODEL_ID = re.compile(
+    r"hf://(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+?))?(/(?P<file>[\w.-]+\.gguf))?"
+)
+_PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")  # of a GGUF that was split
 _DATASET_ID = re.compile(
     r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w.-]+))?(/(?P<file>[\w./ -]+))?"
 )
-_WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "LICENSE*", "NOTICE", "README.md")
+_WANTED: tuple[str, ...] = (
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "tokenizer*",
+    "LICENSE*",
+    "NOTICE",
+    "README.md",
+)
 _TEXTS = (".jsonl", ".txt")
 
 T = TypeVar("T")
 
 
 def fetch_model(name: str) -> Path:
-    """The folder of ``hf://org/name[@revision]``, fetched if it is not cached.
+    """The folder of ``hf://org/name[@revision]``, or the GGUF file of that with ``/file.gguf``.
+
+    Fetched if it is not cached: one GGUF file with all its parts, or all but such files.
 
     Raises:
         InputError: not such a name, not there, or the Hub cannot be reached.
     """
     match = MODEL_ID.fullmatch(name)
     if not match:
-        raise InputError("is not of the form hf://org/name[@revision]", name)
+        raise InputError("is not of the form hf://org/name[@revision][/file.gguf]", name)
     from huggingface_hub import snapshot_download
 
-    repo, revision = match["repo"], match["revision"]
-    return Path(
-        _guarded(
-            name,
-            lambda: snapshot_download(repo, revision=revision, allow_patterns=list(_WANTED)),
-        )
+    repo, revision, file = match["repo"], match["revision"], match["file"]
+    wanted: list[str] = list(_WANTED) if file is None else [_PART.sub(r"-*-of-\1.gguf", file)]
+    folder = Path(
+        _guarded(name, lambda: snapshot_download(repo, revision=revision, allow_patterns=wanted))
     )
+    if file is None:
+        return folder
+    if not (folder / file).is_file():
+        raise InputError("is not in that repository", name)
+    return folder / file
 
 
 def fetch_dataset(name: str) -> Path:

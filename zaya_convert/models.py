@@ -43,7 +43,7 @@ def open_model(name: str | None) -> Checkpoint:
 def resolve(name: str | None) -> Path:
     """The local folder, or GGUF file, of a model.
 
-    Fetches ``hf://org/name[@revision]`` if it is not cached.
+    Fetches ``hf://org/name[@revision][/file.gguf]`` if it is not cached.
     """
     if name is None:
         return BUNDLED

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
 
@@ -46,6 +47,27 @@ def test_a_cached_repository_opens_through_its_links(
     key = next(iter(found.infos))
     assert found.read_float(key).equal(original.read_float(key))
     assert models.origin(name) == "org/nano"
+
+
+@pytest.mark.parametrize("revision", ["", "@v1", "@feature/x"])
+@pytest.mark.parametrize("file", ["x.gguf", "x-00002-of-00003.gguf"])
+def test_a_gguf_file_of_a_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str, file: str
+) -> None:
+    (tmp_path / file).touch()
+    asked: list[object] = []
+
+    def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.extend((repo, revision, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert models.resolve(f"hf://org/a.b{revision}/{file}") == tmp_path / file
+    parts = "x-*-of-00003.gguf" if "of" in file else file
+    assert asked == ["org/a.b", revision[1:] or None, [parts]]
+    assert models.origin(f"hf://org/a.b{revision}/{file}") == "org/a.b"
+    with pytest.raises(InputError, match="is not in that repository"):
+        models.resolve("hf://org/a.b/other.gguf")
 
 
 @pytest.mark.parametrize("name", ["hf://org/other", "hf://org/nano@v2"])
