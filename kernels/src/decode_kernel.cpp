@@ -39,52 +39,53 @@ ZK_INLINE void put(float x, BFloat16* to) {
 
 // ---- rows of floats ------------------------------------------------------------------------------
 
-// out[r * step + l] = weights row l . x row r, L weight rows of `columns` by R rows of x.
-template <typename T, int L, int R>
+constexpr int kSums = W == 16 ? 4 : 2;  // of a row at a time: additions take longer than loads
+constexpr int64_t kAhead = 2048;        // bytes that are asked for before they are needed
+
+// out[r * step] = weights . x row r, for R rows `stride` apart.
+template <typename T, int R>
 ZK_INLINE void dots(const T* weights, int64_t columns, const float* x, int64_t stride, float* out,
                     int64_t step) {
-    V sum[L][R] = {};
+    V sum[kSums][R] = {};
     int64_t i = 0;
+    for (; i + kSums * W <= columns; i += kSums * W) {
+        const char* ahead = reinterpret_cast<const char*>(weights + i) + kAhead;
+        for (int64_t line = 0; line < kSums * W * static_cast<int64_t>(sizeof(T)); line += 64)
+            __builtin_prefetch(ahead + line);
+#pragma GCC unroll 4
+        for (int s = 0; s < kSums; s++) {
+            const V weight = widen(weights + i + s * W);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) sum[s][r] += weight * load<V>(x + r * stride + i + s * W);
+        }
+    }
     for (; i + W <= columns; i += W) {
-        V inputs[R];
+        const V weight = widen(weights + i);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) inputs[r] = load<V>(x + r * stride + i);
-#pragma GCC unroll 4
-        for (int l = 0; l < L; l++) {
-            const V weight = widen(weights + l * columns + i);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) sum[l][r] += weight * inputs[r];
-        }
+        for (int r = 0; r < R; r++) sum[0][r] += weight * load<V>(x + r * stride + i);
     }
-    for (int l = 0; l < L; l++) {
-        for (int r = 0; r < R; r++) {
-            float rest = 0;
-            for (int64_t j = i; j < columns; j++)
-                rest += value_of(weights[l * columns + j]) * x[r * stride + j];
-            out[r * step + l] = sum_of(sum[l][r]) + rest;
-        }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        V all = sum[0][r];
+#pragma GCC unroll 4
+        for (int s = 1; s < kSums; s++) all += sum[s][r];
+        float total = sum_of(all);
+        for (int64_t j = i; j < columns; j++) total += value_of(weights[j]) * x[r * stride + j];
+        out[r * step] = total;
     }
-}
-
-template <typename T, int L>
-void by_rows_of_x(const T* weights, int64_t columns, const float* x, int64_t stride, int64_t count,
-                  float* out, int64_t step) {
-    int64_t i = 0;
-    for (; i + 4 <= count; i += 4)
-        dots<T, L, 4>(weights, columns, x + i * stride, stride, out + i * step, step);
-    for (; i < count; i++)
-        dots<T, L, 1>(weights, columns, x + i * stride, stride, out + i * step, step);
 }
 
 // `rows` of weights by `count` rows of x: out[i * step + row].
 template <typename T>
 void rows_by(const T* weights, int64_t rows, int64_t columns, const float* x, int64_t stride,
              int64_t count, float* out, int64_t step) {
-    int64_t row = 0;
-    for (; row + 4 <= rows; row += 4)
-        by_rows_of_x<T, 4>(weights + row * columns, columns, x, stride, count, out + row, step);
-    for (; row < rows; row++)
-        by_rows_of_x<T, 1>(weights + row * columns, columns, x, stride, count, out + row, step);
+    for (int64_t row = 0; row < rows; row++, weights += columns, out++) {
+        int64_t i = 0;
+        for (; i + 4 <= count; i += 4)
+            dots<T, 4>(weights, columns, x + i * stride, stride, out + i * step, step);
+        for (; i < count; i++)
+            dots<T, 1>(weights, columns, x + i * stride, stride, out + i * step, step);
+    }
 }
 
 void rows_of(const Matrix& m, int64_t first, int64_t rows, const float* x, int64_t stride,
@@ -99,7 +100,7 @@ void rows_of(const Matrix& m, int64_t first, int64_t rows, const float* x, int64
 
 float dot(const float* a, const float* b, int64_t n) {
     float out;
-    dots<float, 1, 1>(a, n, b, 0, &out, 0);
+    dots<float, 1>(a, n, b, 0, &out, 0);
     return out;
 }
 
@@ -144,7 +145,7 @@ void attend_some(int64_t dim, const Stretch& stretch, const float* queries, int6
             continue;
         }
         float scores[R];
-        dots<T, 1, R>(keys + j * dim, dim, queries, dim, scores, 1);
+        dots<T, R>(keys + j * dim, dim, queries, dim, scores, 1);
         for (int r = 0; r < R; r++) {
             weights[r][j] = scores[r] * scale;
             most[r] = weights[r][j] > most[r] ? weights[r][j] : most[r];

@@ -44,13 +44,15 @@ ZK_INLINE V widen_bfloat16(const void* from) {
 
 // The sum of all lanes, by halves.
 ZK_INLINE float sum_of(V x) {
-    float lanes[W];
-    std::memcpy(lanes, &x, sizeof x);
-#pragma GCC unroll 4
-    for (int half = W / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX2__)
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+    return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
 }
 
 // e^x by 2^n e^r, |r| <= ln 2 / 2, and seven terms of the series; x is held within -87 .. 88.
