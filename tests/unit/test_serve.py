@@ -267,8 +267,10 @@ def test_neutral_and_harmless_fields_are_taken(http: httpx2.Client) -> None:
 
 def test_bodies_that_are_none(http: httpx2.Client) -> None:
     kind = {"content-type": "application/json"}
-    for body, status in ((b"{", 400), (b"[]", 400), (b"\xff", 400), (b"[" * 99999, 400)):
-        assert http.post(CHAT, content=body, headers=kind).status_code == status
+    half = b'{"prompt": "\\ud800"}'
+    for body in (b"{", b"[]", b"\xff", b"[" * 99999, half):
+        answer = http.post(PLAIN, content=body, headers=kind)
+        assert (answer.status_code, "JSON" in answer.json()["error"]["message"]) == (400, True)
     assert http.post(CHAT, content=b"{}").status_code == 415
     large = http.post(CHAT, content=b" " * (17 << 20), headers=kind)
     assert (large.status_code, "larger" in large.json()["error"]["message"]) == (413, True)
@@ -319,6 +321,19 @@ def test_no_room(server: Served, http: httpx2.Client, slow: Slow) -> None:
     until(lambda: server.worker.counts == (0, 0))
 
 
+def test_who_waited_and_went_away_leaves_room(
+    server: Served, http: httpx2.Client, slow: Slow
+) -> None:
+    slow.before = lambda: time.sleep(0.02)
+    fields = {"prompt": "2+3=", "max_tokens": 1500, "stream": True, "temperature": 2}
+    with http.stream("POST", PLAIN, json=fields | {"n": 6}):
+        for _ in range(3):
+            with http.stream("POST", PLAIN, json=fields | {"n": 6}) as waits:
+                assert waits.status_code == 200
+            until(lambda: all(job.cancelled for job in server.worker._waiting))
+    until(lambda: server.worker.counts == (0, 0))
+
+
 def test_a_model_that_fails_is_no_end(http: httpx2.Client, slow: Slow) -> None:
     def fail() -> None:
         raise RuntimeError("secret detail")
@@ -356,7 +371,7 @@ def test_the_key(model: Slow, tokenizer: Tokenizer) -> None:
             assert answer.status_code == 401
             assert answer.json()["error"]["type"] == "authentication_error"
             assert http.post(CHAT, json={}, headers=headers).status_code == 401
-        right = {"Authorization": "Bearer sesame"}
+        right = {"Authorization": "bearer sesame"}
         assert http.get("/v1/models", headers=right).status_code == 200
         assert http.get("/health").status_code == 200
 

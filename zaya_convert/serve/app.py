@@ -7,7 +7,7 @@ import hmac
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,6 @@ from zaya_convert.serve.text import Splitter, Writer
 from zaya_convert.serve.worker import Full, Job, Stopped, Worker
 
 _BODY_BYTES = 16 << 20
-_OPEN = ("/health",)  # for everybody, key or not
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -74,8 +73,9 @@ class App:
         """The handler, for those who bring the key."""
 
         async def guarded(request: Request) -> Response:
-            given = request.headers.get("authorization", "").encode()
-            if self._key and not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+            scheme, _, given = request.headers.get("authorization", "").partition(" ")
+            right = hmac.compare_digest(given.strip().encode(), self._key.encode())
+            if self._key and not (right and scheme.lower() == "bearer"):
                 raise ApiError(401, "wrong or missing API key", code="invalid_api_key")
             return await handler(request)
 
@@ -195,7 +195,7 @@ class _Running:
             job.cancelled = True
 
     def _post(self, index: int, part: Part | Exception) -> None:
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed, so nobody listens
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, part))
 
 

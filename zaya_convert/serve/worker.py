@@ -102,6 +102,8 @@ class Worker:
         with self._changed:
             if self._stopping or not self.alive:
                 raise Stopped
+            for job in [job for job in self._waiting if job.cancelled]:
+                self._waiting.remove(job)
             if sum(self.counts) + len(jobs) > self.capacity:
                 raise Full
             self._waiting.extend(jobs)
@@ -141,7 +143,12 @@ class Worker:
         steps = self._decoder.step()
         done: list[int] = []
         for step, logits in zip(steps, self._decoder.logits, strict=True):
-            wanted = self._running[step.sequence].listener.take(step, logits)
+            listener = self._running[step.sequence].listener
+            try:
+                wanted = listener.take(step, logits)
+            except Exception as error:  # which is none of the others' business
+                listener.fail(error)
+                wanted = False
             if step.finished:
                 del self._running[step.sequence]
             elif not wanted:
