@@ -45,6 +45,7 @@ def examine() -> dict[str, Any]:
         "kernels": _kernels(),
         "bundled_checkpoint": (models.BUNDLED / "config.json").is_file(),
         "recipes": list(recipe.shipped()),
+        "cache": _cache(),
         "free_bytes": shutil.disk_usage(Path.cwd()).free,
     }
 
@@ -111,6 +112,16 @@ def _native() -> dict[str, Any]:
         return {"available": available, "isa": native.isa(), "detail": detail}
     except ImportError as error:
         return {"available": False, "isa": "reference", "detail": str(error)}
+
+
+def _cache() -> dict[str, Any]:
+    """Where packed matrices are kept, None when they are not, and what they take."""
+    try:
+        from zaya_convert.runtime.packed_cache import usage
+    except ImportError:
+        return {"folder": None, "bytes": 0}
+    place, size = usage()
+    return {"folder": None if place is None else str(place), "bytes": size}
 
 
 def _kernels() -> list[dict[str, str]]:

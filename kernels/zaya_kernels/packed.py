@@ -47,8 +47,7 @@ class PackedWeight:
         self, shape: tuple[int, int], spec: QuantSpec, fast: bool, data: Tensor | None = None
     ) -> None:
         self.shape, self.spec, self.fast = shape, spec, fast
-        scale_type = _SCALE_CODES[spec.scale_dtype]
-        self.matrix = Matrix(None, *shape, spec.bits, spec.group_size, scale_type)
+        self.matrix = _describe(shape, spec)
         size = library().zk_packed_bytes(ctypes.byref(self.matrix))
         # torch aligns to 64 bytes
         data = torch.empty(size, dtype=torch.uint8) if data is None else data
@@ -79,6 +78,11 @@ class PackedWeight:
         return self.rows(torch.arange(self.shape[0])).to(dtype)
 
 
+def packed_bytes(shape: tuple[int, int], spec: QuantSpec) -> int:
+    """Size of a packed matrix."""
+    return library().zk_packed_bytes(ctypes.byref(_describe(shape, spec)))
+
+
 def pack(value: Quantized, fast: bool = False) -> PackedWeight:
     """Pack a matrix.
 
@@ -100,3 +104,7 @@ def pack(value: Quantized, fast: bool = False) -> PackedWeight:
 def pack_fast(value: Quantized) -> PackedWeight:
     """``pack`` for products that may round activations to int8."""
     return pack(value, fast=True)
+
+
+def _describe(shape: tuple[int, int], spec: QuantSpec) -> Matrix:
+    return Matrix(None, *shape, spec.bits, spec.group_size, _SCALE_CODES[spec.scale_dtype])

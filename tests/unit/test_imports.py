@@ -137,7 +137,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
                            "rich (lazy)", "triton (lazy)"),
     # what a person sees; nothing imports it
     "zaya_convert.doctor": ("zaya_convert", "zaya_convert.models", "zaya_convert.recipe",
-                            "torch (lazy)", "zaya_quant (lazy)", "zaya_kernels (lazy)"),
+                            "torch (lazy)", "zaya_quant (lazy)", "zaya_kernels (lazy)",
+                            "zaya_convert.runtime.packed_cache (lazy)"),
     "zaya_convert.cli": ("zaya_convert", "click", "zaya_convert.errors", "zaya_convert.models",
                          "zaya_convert.recipe", "zaya_convert.inspect", "zaya_convert.manifest",
                          "zaya_convert.export", "zaya_quant.spec", "zaya_quant.methods",

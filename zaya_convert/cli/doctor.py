@@ -10,9 +10,16 @@ from zaya_convert.cli.output import Output, output_options, size, table
 
 
 @click.command("doctor")
+@click.option("--clear-cache", is_flag=True, help="Only delete the packed matrices that are kept.")
 @output_options
-def command(out: Output) -> None:
+def command(clear_cache: bool, out: Output) -> None:
     """Show versions, optional packages, devices, native code and kernels in use, and why."""
+    if clear_cache:
+        from zaya_convert.runtime.packed_cache import clear
+
+        freed = clear()
+        out.result({"freed_bytes": freed}, f"{size(freed)} freed")
+        return
     from zaya_convert.doctor import examine
 
     facts = examine()
@@ -38,6 +45,8 @@ def _text(facts: dict[str, Any]) -> str:
           for row in facts["kernels"]),
         ("bundled model", "yes" if facts["bundled_checkpoint"] else "MISSING: name a MODEL"),
         ("recipes", ", ".join(facts["recipes"]) or "MISSING"),
+        ("packed matrices", f"{size(facts['cache']['bytes'])} in {facts['cache']['folder']}"
+         if facts["cache"]["folder"] else "not kept"),
         ("free disk here", size(facts["free_bytes"])),
     ]  # fmt: skip
     return table(rows)

@@ -17,12 +17,14 @@ from torch import Tensor
 from zaya_convert.checkpoint import Checkpoint, Piece, torch_dtype
 from zaya_convert.errors import InputError
 from zaya_convert.layout import PART_BY_NAME, TensorKey
+from zaya_convert.runtime import packed_cache
 from zaya_convert.runtime.inputs import check_ids
 from zaya_kernels.grids import common, to_common
 from zaya_kernels.packed import PackedWeight
 from zaya_kernels.reference import Expert
 from zaya_kernels.table import Request, choose
 from zaya_quant.qtensor import Quantized
+from zaya_quant.spec import QuantSpec
 
 Parts = Mapping[str, Tensor]
 Held = Tensor | Quantized | PackedWeight
@@ -61,6 +63,8 @@ class Weights:
         self._layers: dict[int, Parts] = {}
         self._experts: dict[tuple[int, int], Expert] = {}
         self._matrices: dict[str, Held] = {}
+        self._packs: dict[tuple[str, QuantSpec], packed_cache.Pack | None] = {}
+        self._mapped = self._map() if self.packing else {}
         self._vectors = {
             key.part: self._read_float(key)
             for key in self._keys[-1]
@@ -156,16 +160,35 @@ class Weights:
                 rows = held.rows(slice(start, start + count)).dequantize(self.dtype)
                 yield rows.to(self.matrix_dtype)
 
-    def _read(self, key: TensorKey) -> Tensor | PackedWeight:
-        spec = common(self.checkpoint.infos[key].spec)
+    def _map(self) -> Mapping[TensorKey, PackedWeight]:
+        """What the cache of packed matrices has of this model: all that is packed, or nothing."""
+        assert self.packing is not None
+        wanted: list[packed_cache.Wanted] = []
+        for key, info in self.checkpoint.infos.items():
+            spec = common(info.spec)
+            pack = self._pack(key, spec)
+            if spec is not None and pack is not None and key not in self.checkpoint.scaling:
+                rows, columns = info.shape
+                wanted.append(packed_cache.Wanted(key, (rows, columns), spec, pack))
+        return packed_cache.mapped(self.checkpoint, wanted, self.packing.fast)
+
+    def _pack(self, key: TensorKey, spec: QuantSpec | None) -> packed_cache.Pack | None:
+        """How a matrix on this grid is packed, None when it is not."""
         if self.packing is None or spec is None:
-            return self._read_float(key)
+            return None
         op = "linear" if key.expert < 0 else "moe_ffn"
-        pack = choose(op, replace(self.packing, spec=spec)).pack
+        if (op, spec) not in self._packs:
+            self._packs[op, spec] = choose(op, replace(self.packing, spec=spec)).pack
+        return self._packs[op, spec]
+
+    def _read(self, key: TensorKey) -> Tensor | PackedWeight:
+        if key in self._mapped:
+            return self._mapped[key]
+        pack = self._pack(key, common(self.checkpoint.infos[key].spec))
+        if pack is None:
+            return self._read_float(key)
         value = self.checkpoint.read(key)
-        if pack is None or isinstance(value, Tensor):
-            return self._as_float(value)
-        return pack(to_common(value))
+        return self._as_float(value) if isinstance(value, Tensor) else pack(to_common(value))
 
     def _read_float(self, key: TensorKey) -> Tensor:
         if key.part in _ALWAYS_FP32:
