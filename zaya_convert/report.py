@@ -107,7 +107,9 @@ def to_text(report: Report, *, color: bool = False) -> str:
             console.print(check_line(check), highlight=False)
     if all(check.limit is None for check in report.checks):
         console.print("no bounds asked for (--max-kl, --min-top1, ...): only soundness was judged")
-    style = "bold green" if report.verdict == "pass" else "bold red"
+    for name in report.undecided:
+        console.print(f"?    {name}", highlight=False)
+    style = {"pass": "bold green", "fail": "bold red"}.get(report.verdict, "bold yellow")
     console.print(f"verdict: {report.verdict}", style=style, highlight=False)
     return out.getvalue()
 
@@ -118,8 +120,9 @@ def to_junit(report: Report) -> str:
     suite = ElementTree.Element(
         "testsuite",
         name="zaya-convert validate",
-        tests=str(len(report.checks)),
+        tests=str(len(report.checks) + len(report.undecided)),
         failures=str(len(failures)),
+        skipped=str(len(report.undecided)),
         errors="0",
     )
     properties = ElementTree.SubElement(suite, "properties")
@@ -131,14 +134,23 @@ def to_junit(report: Report) -> str:
         )
         if not check.passed:
             ElementTree.SubElement(case, "failure", message=check_line(check))
+    for line in report.undecided:
+        case = ElementTree.SubElement(
+            suite, "testcase", classname="zaya_convert.validate", name=line
+        )
+        ElementTree.SubElement(case, "skipped", message="too little evidence")
     ElementTree.indent(suite)
     return (
         '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, "unicode") + "\n"
     )
 
 
-def to_html(report: Report) -> str:
-    """A page without scripts or outside resources: figures, checks, SQNR of every expert."""
+def to_html(report: Report, more: str = "") -> str:
+    """A page without scripts or outside resources: figures, checks, SQNR of every expert.
+
+    Args:
+        more: further sections, as markup.
+    """
     from jinja2 import Environment
 
     experts = by_expert(report.tensors)
@@ -152,6 +164,7 @@ def to_html(report: Report) -> str:
         columns=columns,
         rows=[(layer, [_cell(experts.get((layer, e))) for e in columns]) for layer in layers],
         coverage=report.calibration["counts"] if report.calibration else [],
+        more=more,
     )
 
 
@@ -171,6 +184,7 @@ _PAGE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .2em .6em; text-align: left }
 .grid td { text-align: right; font-variant-numeric: tabular-nums } .fail { color: #b00 }
+.inconclusive, .undecided { color: #a60 }
 </style>
 <h1>{{ report.packing }}: <span class="{{ report.verdict }}">{{ report.verdict }}</span></h1>
 <table>{% for name, value in figures %}<tr><th>{{ name }}<td>{{ value }}{% endfor %}</table>
@@ -196,5 +210,6 @@ table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .2em .6em; 
 {% for label, count in counts.items() %}{{ count }} × {{ label }}<br>{% endfor %}{% endfor %}
 </table>
 {% endif %}<p>Data digest {{ report.data_digest }}</p>
+{{ more }}
 </html>
 """

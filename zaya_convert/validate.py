@@ -74,6 +74,7 @@ class Report:
     ``reference_digest_matches`` is None when the candidate does not say what it was made from.
     ``engine`` is what ran the candidate, ``dtype`` what the reference runtime computed in.
     ``calibration`` and ``allocation`` are what the candidate's manifest says of them.
+    ``undecided`` names checks that had too little evidence; they are not among ``checks``.
     """
 
     tokens: int
@@ -100,11 +101,14 @@ class Report:
     calibration: dict[str, Any] | None = None
     allocation: dict[str, Any] | None = None
     checks: list[Check] = field(default_factory=list)
+    undecided: list[str] = field(default_factory=list)
 
     @property
     def verdict(self) -> str:
-        """ "pass" when every check did."""
-        return "pass" if all(check.passed for check in self.checks) else "fail"
+        """ "pass" when every check did; "inconclusive" when none failed but some are undecided."""
+        if not all(check.passed for check in self.checks):
+            return "fail"
+        return "inconclusive" if self.undecided else "pass"
 
 
 def validate(

@@ -62,6 +62,7 @@ def command(
     engine: str | None,
     arithmetic: str | None,
     batch: int | None,
+    threads: int | None,
     endpoint: str | None,
     endpoint_model: str | None,
     concurrency: int,
@@ -105,6 +106,7 @@ def command(
         "model", checkpoint, out, engine=engine, arithmetic_name=arithmetic, batch=batch,
         endpoint=endpoint, endpoint_model=endpoint_model, concurrency=concurrency,
     )  # fmt: skip
+    rsa_options.use_threads(threads, checkpoint)
     started = time.monotonic()
     with ExitStack() as stack:
         file = None

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from zaya_convert.rsa.sides import Arithmetic, Side
 
 EXACT, FLOAT32, BFLOAT16, FAST = "exact", "float32", "bfloat16", "fast"
+_SMALL = 100_000_000  # weights
 _EXACT_BYTES = 8  # of a weight in float64
 
 _SETTINGS = (
@@ -62,6 +63,11 @@ _ENGINE = (
         "Default: exact where it fits into half the memory, else bfloat16.",
     ),
     click.option("--batch", type=click.IntRange(1), help="Most rollouts at a time."),
+    click.option(
+        "--threads",
+        type=click.IntRange(1),
+        help="Default: one per core, and one alone for small models.",
+    ),
     click.option("--endpoint", metavar="URL", help="Ask a server with OpenAI's API instead."),
     click.option("--endpoint-model", metavar="NAME", help="The model's name on that server."),
     click.option(
@@ -218,6 +224,16 @@ def side(
         return LocalGenerator(model, Tokenizer.of(checkpoint), rows=batch)
 
     return Side(name, load, checkpoint, how, {"engine": runs, "arithmetic": str(how)})
+
+
+def use_threads(count: int | None, checkpoint: Checkpoint) -> None:
+    """Compute on so many threads; the products of a small model are too small to share."""
+    import torch
+
+    if count is None and checkpoint.weights < _SMALL:
+        count = 1
+    if count is not None:
+        torch.set_num_threads(count)
 
 
 def with_digest(made: Side) -> Side:

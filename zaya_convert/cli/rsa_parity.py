@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +95,7 @@ def command(
     exact: bool,
     arithmetic: str | None,
     batch: int | None,
+    threads: int | None,
     endpoint: str | None,
     endpoint_model: str | None,
     concurrency: int,
@@ -124,7 +124,8 @@ def command(
         reference or models.BUNDLED.name, original, out, engine="reference",
         arithmetic_name=arithmetic, batch=batch,
     )  # fmt: skip
-    report = run(own, other, original, size, problems, limit, options, out)
+    rsa_options.use_threads(threads, original)
+    report = run_size(own, other, original, size, problems, limit, options, out)
     from zaya_convert.rsa import report as reports
 
     if html:
@@ -136,7 +137,7 @@ def command(
     complain(report)
 
 
-def run(
+def run_size(
     own: Side,
     other: Side,
     original: Checkpoint,
@@ -172,7 +173,7 @@ def run(
     if plan.runs is not None:
         own, other = (rsa_options.with_digest(made) for made in (own, other))
     with stages_bar(out) as progress:
-        return parity(own, other, replace(plan), progress)
+        return parity(own, other, plan, progress)
 
 
 def complain(report: ParityReport) -> None:

@@ -14,10 +14,11 @@ from zaya_convert.cli.engines import ONNXRUNTIME, choose_engine, engine_option
 from zaya_convert.cli.output import Output, output_options
 from zaya_convert.cli.params import MODEL
 from zaya_convert.cli.progress import stages_bar
-from zaya_convert.errors import UsageError, ValidationFailed
+from zaya_convert.errors import Inconclusive, UsageError, ValidationFailed
 
 if TYPE_CHECKING:
     from zaya_convert.checkpoint import Checkpoint
+    from zaya_convert.rsa.results import ParityReport
     from zaya_convert.runtime.onnx_engine import OnnxModel
     from zaya_convert.validate import Report
 
@@ -60,6 +61,11 @@ _POSITIVE = click.FloatRange(0)
 @click.option("--min-top1", type=_SHARE, help="Smallest share of equal best tokens.")
 @click.option("--min-router", type=_SHARE, help="Smallest share of equal expert choices.")
 @click.option("--max-perplexity-ratio", type=_POSITIVE, help="Candidate over reference.")
+@click.option(
+    "--rsa",
+    is_flag=True,
+    help="Also run the RSA parity test at smoke size; see `zaya-convert rsa-parity` for more.",
+)
 @click.option("--report", "html", type=_FILE, help="Write an HTML report.")
 @click.option("--junit", type=_FILE, help="Write JUnit XML.")
 @output_options
@@ -73,6 +79,7 @@ def command(
     dtype: str,
     engine: str | None,
     exact: bool,
+    rsa: bool,
     html: Path | None,
     junit: Path | None,
     out: Output,
@@ -80,7 +87,8 @@ def command(
 ) -> None:
     """Compare CANDIDATE with its reference on the same tokens, and print the proof.
 
-    Exit code 4 when a bound that was asked for is not kept.
+    Exit code 4 when a bound that was asked for is not kept; with --rsa also when its bounds are
+    not, and 7 when nothing failed but the RSA parity test could not decide.
     """
     opened = models.open_model(candidate)
     original = find_reference(opened, reference, out)
@@ -96,7 +104,34 @@ def command(
             original, opened, sequences,
             dtype=dtype, engine=runs, bounds=Bounds(**bounds), progress=progress,
         )  # fmt: skip
-    _publish(report, html, junit, out)
+    parity = _parity(opened, original, engine, exact, report, out) if rsa else None
+    _publish(report, parity, html, junit, out)
+
+
+def _parity(
+    candidate: Checkpoint,
+    reference: Checkpoint,
+    engine: str | None,
+    exact: bool,
+    report: Report,
+    out: Output,
+) -> ParityReport:
+    """The RSA parity test at smoke size, its checks added to those of ``report``."""
+    from zaya_convert.cli import rsa_options
+    from zaya_convert.cli.rsa_parity import run_size
+    from zaya_convert.validate import Check
+
+    rsa_options.use_threads(None, reference)
+    other = rsa_options.side("candidate", candidate, out, engine=engine, exact_graph=exact)
+    own = rsa_options.side("reference", reference, out, engine="reference")
+    found = run_size(own, other, reference, "smoke", None, None, {}, out)
+    for check in found.checks:
+        if check.outcome == "undecided":
+            report.undecided.append(f"RSA: {check.line()}")
+        else:
+            passed = check.outcome == "pass"
+            report.checks.append(Check(f"RSA: {check.name}", check.value, check.limit, passed))
+    return found
 
 
 def find_reference(candidate: Checkpoint | None, name: str | None, out: Output) -> Checkpoint:
@@ -127,16 +162,28 @@ def _engine(candidate: Checkpoint, name: str | None, exact: bool) -> OnnxModel |
     return None
 
 
-def _publish(report: Report, html: Path | None, junit: Path | None, out: Output) -> None:
+def _publish(
+    report: Report, parity: ParityReport | None, html: Path | None, junit: Path | None, out: Output
+) -> None:
     from zaya_convert import report as reports
 
+    section, text, more = "", "", dict[str, Any]()
+    color = click.get_current_context().color is not False and sys.stdout.isatty()
+    if parity is not None:
+        from zaya_convert.rsa import report as rsa_reports
+
+        section = rsa_reports.section(parity)
+        text = rsa_reports.to_text(parity, color=color)
+        more = {"rsa": rsa_reports.to_json(parity)}
     if html:
-        html.write_text(reports.to_html(report), encoding="utf-8")
+        html.write_text(reports.to_html(report, section), encoding="utf-8")
     if junit:
         junit.write_text(reports.to_junit(report), encoding="utf-8")
-    color = click.get_current_context().color is not False and sys.stdout.isatty()
-    facts: dict[str, Any] = reports.to_json(report)
-    out.result(facts, reports.to_text(report, color=color))
-    if report.verdict != "pass":
+    facts: dict[str, Any] = reports.to_json(report) | more
+    out.result(facts, text + reports.to_text(report, color=color))
+    findings = [] if parity is None else parity.findings
+    if report.verdict == "fail":
         failed = [reports.check_line(check) for check in report.checks if not check.passed]
-        raise ValidationFailed("validation failed: " + "; ".join(failed))
+        raise ValidationFailed("validation failed: " + "; ".join([*failed, *findings]))
+    if report.verdict != "pass":
+        raise Inconclusive("validation is inconclusive: " + "; ".join(report.undecided))

@@ -12,6 +12,7 @@ still the reference's model.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -91,8 +92,8 @@ def parity(
     own = forced.evaluate(judge, traces, _stage(progress, "reference reads its traces"))
     test = _Reader(traces, Places.of(traces), judge, own, skip, progress)
     errors = _errors(source, candidate.checkpoint, progress)
-    keys = yardstick.scope(source, errors)
-    coarse = yardstick.rounded(source, keys, plan.yardstick_bits)
+    grids = yardstick.grids(source, errors, plan.yardstick_bits)
+    coarse = yardstick.rounded(source, grids)
     measure = test.whole(reference.arithmetic.model(coarse, resident=False), "yardstick")
     runs = Runs(plan.problems, ours, theirs)
     report = ParityReport(
@@ -111,7 +112,7 @@ def parity(
         trace_tokens=sum(len(trace.ids) for trace in traces),
         skip_rate_reference=float((own.routes == skip).double().mean()),
         yardstick_bits=plan.yardstick_bits,
-        yardstick_matrices=len(keys),
+        yardstick_matrices=Counter(grids.values()),
         weights=_weights(errors, plan.bounds) if candidate.checkpoint else None,
         yardstick_figures=evidence.figures(measure, own, test.places, skip),
     )

@@ -34,6 +34,7 @@ class ParityReport:
         rounds: round by round.
         votes: None when no answers are known.
         traces, trace_tokens: teacher-forced.
+        yardstick_matrices: how many the yardstick rounds to how many bits.
         candidate_figures, yardstick_figures, excess, engine_figures, weights: None where the
             candidate is a server.
         sampled: from a server's log-probabilities, where it tells them.
@@ -55,7 +56,7 @@ class ParityReport:
     trace_tokens: int
     skip_rate_reference: float
     yardstick_bits: int
-    yardstick_matrices: int
+    yardstick_matrices: dict[int, int]
     candidate_figures: Figures | None = None
     yardstick_figures: Figures | None = None
     excess: Excess | None = None

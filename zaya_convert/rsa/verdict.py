@@ -27,6 +27,8 @@ class Bounds:
             keeps 4.4 dB (the error of the best two-level quantizer of a normal variable, Max 1960).
         max_beyond: share of tokens on which an engine may differ from our runtime on the same
             weights by more than rounding explains.
+        router_slack: share of choices that may differ beyond the yardstick's on average, twice that
+            in one layer. It leaves routers, norms, embedding and head alone, a candidate need not.
         min_problems, min_tokens: with less evidence nothing is decided.
     """
 
@@ -37,6 +39,7 @@ class Bounds:
     margin: float = 0.05
     min_sqnr_db: float = 3.0
     max_beyond: float = 0.01
+    router_slack: float = 0.01
     min_problems: int = 8
     min_tokens: int = 1000
 

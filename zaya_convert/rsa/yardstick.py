@@ -2,14 +2,17 @@
 
 How much divergence a model bears differs between models by orders of magnitude, so no constant can
 bound it. The yardstick turns the question into one about the model at hand: is the candidate
-nearer to the reference than three bits a weight, rounded without any care, would be? It rounds the
-matrices that the candidate rounded too: those it holds with less than 40 dB, which is what eight
-bits reach; and all matrices where the candidate holds them all better than that.
+nearer to the reference than three bits a weight, rounded without any care, would be?
+
+It rounds what the candidate rounded: to three bits the matrices that it holds with less than 40 dB,
+which is what eight bits reach; to six bits those that it holds better, but not exactly. Where it
+holds everything that well, all matrices are rounded to three bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -23,6 +26,7 @@ from zaya_quant.spec import QuantSpec
 
 BITS = 3
 FINE_DB = 40.0
+_FINE_BITS = 6
 _GROUP = 32  # the finest in common use: the strictest yardstick of these bits
 
 
@@ -46,18 +50,25 @@ class Rounding:
         return moments if self.before is None else self.before.of_moments(moments)
 
 
-def scope(reference: Checkpoint, errors: Sequence[TensorError] = ()) -> list[TensorKey]:
-    """Which matrices to round.
+def grids(
+    reference: Checkpoint, errors: Sequence[TensorError] = (), bits: int = BITS
+) -> dict[TensorKey, int]:
+    """To how many bits each matrix is rounded.
 
     Args:
-        errors: of the candidate's matrices; none known: all.
+        errors: of the candidate's matrices; none known: all to ``bits``.
+        bits: in place of three.
     """
     keys = [k for k in reference.infos if PART_BY_NAME[k.part].role in ("expert", "attention")]
-    coarse = {row.name for row in errors if row.sqnr_db < FINE_DB}
-    return [key for key in keys if key.module in coarse] or keys
+    held = {row.name: row.sqnr_db for row in errors}
+    coarse = {key: bits for key in keys if held.get(key.module, math.inf) < FINE_DB}
+    if not coarse:
+        return dict.fromkeys(keys, bits)
+    fine = {key: max(bits, _FINE_BITS) for key in keys if FINE_DB <= held[key.module] < math.inf}
+    return coarse | fine
 
 
-def rounded(reference: Checkpoint, keys: Iterable[TensorKey], bits: int = BITS) -> Checkpoint:
-    """The reference with these matrices rounded to ``bits``."""
-    changes = {key: Rounding(bits, reference.scaling.get(key)) for key in keys}
+def rounded(reference: Checkpoint, bits: Mapping[TensorKey, int]) -> Checkpoint:
+    """The reference with each of these matrices rounded to so many bits."""
+    changes = {key: Rounding(count, reference.scaling.get(key)) for key, count in bits.items()}
     return replace(reference, scaling={**reference.scaling, **changes})

@@ -1,0 +1,296 @@
+"""The parity test: exactly nothing for the same model, and the right evidence for every damage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rounding import nearest
+from zaya_convert.checkpoint import Checkpoint
+from zaya_convert.convert import execute
+from zaya_convert.layout import PART_BY_NAME, TensorKey
+from zaya_convert.models import open_model
+from zaya_convert.plan import make_plan
+from zaya_convert.rsa import forced, report, yardstick
+from zaya_convert.rsa.local import LocalGenerator
+from zaya_convert.rsa.parity import Plan, parity
+from zaya_convert.rsa.problems import read
+from zaya_convert.rsa.results import ParityReport
+from zaya_convert.rsa.settings import Settings
+from zaya_convert.rsa.sides import Arithmetic, Side
+from zaya_convert.rsa.verdict import Bounds
+from zaya_convert.runtime.cache import Cache
+from zaya_convert.runtime.model import Model, Output
+from zaya_convert.runtime.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Run = Callable[..., ParityReport]
+
+
+@dataclass
+class Instead:
+    """Gives another tensor for the one that was read."""
+
+    value: Tensor
+
+    def of(self, value: Any) -> Tensor:
+        return self.value
+
+    def of_moments(self, moments: Tensor) -> Tensor:
+        return moments
+
+
+class SkipGivesInput(Model):
+    """An engine in which the skip expert hands on its input: what one other runtime does."""
+
+    def _experts(self, *arguments: Any) -> Any:
+        inner = self._moe
+
+        def moe(h: Tensor, ids: Tensor, weights: Tensor, fetch: Any) -> Tensor:
+            out = inner(h, ids, weights, fetch)
+            skipped = ids < 0
+            out[skipped] = h[skipped] * weights[skipped, None]
+            return out
+
+        self._moe = moe
+        try:
+            return super()._experts(*arguments)
+        finally:
+            self._moe = inner
+
+
+class ForgetsConvolution(Model):
+    """An engine that loses the convolutions' columns between two blocks."""
+
+    def forward(self, ids: Tensor, *, cache: Cache | None = None, **options: Any) -> Output:
+        if cache is not None:
+            cache.conv = [None] * len(cache.conv)
+        return super().forward(ids, cache=cache, **options)
+
+
+@pytest.fixture(scope="module")
+def model(bundled: Path) -> Checkpoint:
+    return open_model(str(bundled))
+
+
+@pytest.fixture(scope="module")
+def plan(bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    return Plan(
+        read(bundled / "data" / "problems.jsonl", 8),
+        Settings(candidates=2, tails=2, rounds=1, budget=72, tail=40),
+        trace_tokens=3000,
+        bounds=Bounds(margin=0.2, min_tokens=500),
+        runs=tmp_path_factory.mktemp("runs"),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(model: Checkpoint, plan: Plan) -> Run:
+    """Compare a checkpoint, or an engine on the reference's own weights, with the reference."""
+
+    def of(
+        name: str, checkpoint: Checkpoint | None = None, engine: Any = None, **changes: Any
+    ) -> ParityReport:
+        weights = checkpoint or model
+
+        def side(name: str, weights: Checkpoint, engine: Any = None) -> Side:
+            def load() -> LocalGenerator:
+                runs = engine or Arithmetic().model(weights)
+                return LocalGenerator(runs, Tokenizer.of(weights))
+
+            return Side(name, load, weights, identity={"digest": name})
+
+        return parity(
+            side("reference", model), side(name, weights, engine), replace(plan, **changes)
+        )
+
+    return of
+
+
+def failed(found: ParityReport) -> str:
+    return "\n".join(check.name for check in found.checks if check.outcome == "fail")
+
+
+def pointed_at(found: ParityReport) -> str:
+    return "\n".join(found.findings)
+
+
+def swapped(model: Checkpoint, layer: int, one: int, other: int) -> Checkpoint:
+    turn = {one: other, other: one}
+    changes = {
+        key: Instead(model.read_float(TensorKey(layer, key.part, turn[key.expert]), torch.bfloat16))
+        for key in model.infos
+        if key.layer == layer and key.expert in turn
+    }
+    return replace(model, scaling=changes)
+
+
+def rounded(model: Checkpoint, bits: int) -> Checkpoint:
+    experts = [key for key in model.infos if PART_BY_NAME[key.part].role == "expert"]
+    return yardstick.rounded(model, dict.fromkeys(experts, bits))
+
+
+@pytest.fixture(scope="module")
+def itself(run: Run) -> ParityReport:
+    return run("reference")
+
+
+def test_the_reference_against_itself_is_exactly_zero(itself: ParityReport) -> None:
+    assert itself.verdict == "pass", itself.checks
+    for row in itself.rounds:
+        assert row.accuracy_reference == row.accuracy_candidate
+        assert row.difference is not None
+        assert (row.difference.value, row.difference.low, row.difference.high) == (0, 0, 0)
+        assert (row.identical_traces, row.identical_tails, row.identical_prompts) == (1, 1, 1)
+        assert row.first_divergence == []
+        assert row.tokens_reference == row.tokens_candidate
+        # a rollout without an answer agrees with nothing, its own copy included
+        assert row.agreement.value == row.answered_reference == row.answered_candidate
+    found, engine, votes = itself.candidate_figures, itself.engine_figures, itself.votes
+    assert found is not None
+    assert engine is not None
+    assert votes is not None
+    assert (found.kl_mean, found.kl_p99, found.kl_max, found.top1_agreement) == (0, 0, 0, 1)
+    assert set(found.router_agreement_by_layer) == {1.0}
+    assert found.skip_rate == itself.skip_rate_reference > 0
+    assert (engine.kl_max, engine.beyond.value, engine.router_agreement) == (0, 0, 1)
+    assert (votes.only_reference, votes.only_candidate, votes.mcnemar_p) == (0, 0, 1)
+    assert not itself.findings
+
+
+def test_the_yardstick_is_what_a_candidate_is_held_against(itself: ParityReport) -> None:
+    assert itself.yardstick_figures is not None
+    assert itself.yardstick_figures.kl_mean > 0
+    assert set(itself.yardstick_matrices) == {3}
+
+
+def test_int8_passes(run: Run, model: Checkpoint, tmp_path: Path) -> None:
+    execute(make_plan(model, nearest(8), "compressed-tensors"), tmp_path / "int8")
+    found = run("int8", open_model(str(tmp_path / "int8")))
+    assert found.verdict == "pass", failed(found)
+    assert found.candidate_figures is not None
+    assert found.candidate_figures.kl_mean > 0
+
+
+def test_two_bit_experts_fail(run: Run, model: Checkpoint) -> None:
+    found = run("int2", rounded(model, 2))
+    assert found.verdict == "fail"
+    assert "KL divergence, mean, beyond that of 3 bits" in failed(found)
+    assert "engine" not in failed(found)
+    experts = sum(PART_BY_NAME[key.part].role == "expert" for key in model.infos)
+    assert found.yardstick_matrices == {3: experts}
+    assert "leave the reference's" in pointed_at(found)
+
+
+@pytest.mark.parametrize(("layer", "one", "other"), [(0, 3, 7), (1, 3, 7), (2, 0, 15)])
+def test_two_swapped_experts_fail(
+    run: Run, model: Checkpoint, layer: int, one: int, other: int
+) -> None:
+    found = run(f"swapped{layer}", swapped(model, layer, one, other))
+    assert found.verdict == "fail"
+    assert "every matrix is the reference's" in failed(found)
+    assert "engine" not in failed(found)
+    (line,) = (line for line in found.findings if line.startswith("weights:"))
+    assert f"layer {layer} has" in line
+    assert f"expert {one} (" in line
+    assert f"expert {other} (" in line
+    assert "attention" not in line
+
+
+def test_a_wrong_skip_expert_fails(run: Run, model: Checkpoint) -> None:
+    found = run("skip", engine=SkipGivesInput(model))
+    assert found.verdict == "fail"
+    assert failed(found).startswith("engine against our runtime")
+    assert "tokens that take the skip expert differ most" in pointed_at(found)
+    assert "states are lost" not in pointed_at(found)
+
+
+def test_lost_states_fail(run: Run, model: Checkpoint) -> None:
+    found = run("forgets", engine=ForgetsConvolution(model))
+    assert found.verdict == "fail"
+    assert "engine against our runtime" in failed(found)
+    assert "states are lost or wrong between blocks" in pointed_at(found)
+    assert "seen first by the router of layer 0" in pointed_at(found)
+    assert found.engine_figures is not None
+    assert found.engine_figures.whole_beyond == 0
+    assert found.engine_figures.first_column > 0  # type: ignore[operator]
+
+
+def test_routers_that_lost_their_biases_fail(run: Run, model: Checkpoint) -> None:
+    part = "mlp.gate.balancing_biases"
+    changes = {
+        key: Instead(torch.zeros(info.shape))
+        for key, info in model.infos.items()
+        if key.part == part and key.layer == 1
+    }
+    found = run("biases", replace(model, scaling=changes))
+    assert found.verdict == "fail"
+    assert "in the worst layer (1)" in failed(found)
+    assert "routing: layer 1 sends" in pointed_at(found)
+
+
+def test_another_arithmetic_of_the_same_weights_is_no_fault(run: Run, model: Checkpoint) -> None:
+    found = run("fp32", engine=Arithmetic(exact=False).model(model))
+    assert found.verdict == "pass", failed(found)
+    assert found.engine_figures is not None
+    assert found.engine_figures.kl_mean > 0
+
+
+def test_too_little_evidence_is_inconclusive(run: Run, plan: Plan) -> None:
+    found = run("reference", problems=plan.problems[:2], runs=None)
+    assert found.verdict == "inconclusive"
+    unanswered = run("reference", settings=replace(plan.settings, budget=3, tail=3), runs=None)
+    assert unanswered.verdict == "inconclusive"
+    undecided = [check.name for check in unanswered.checks if check.outcome == "undecided"]
+    assert "accuracy in the last round, candidate - reference" in undecided
+
+
+def test_bounds_take_the_place_of_the_yardstick(run: Run, plan: Plan) -> None:
+    strict = Bounds(max_kl=0, max_kl_p99=0, min_top1=1, min_router=1, min_tokens=1, margin=0.2)
+    assert run("reference", bounds=strict).verdict == "pass"
+    found = run("fp32", bounds=replace(strict, max_kl=-1.0))
+    assert failed(found) == "KL divergence, mean"
+
+
+def test_forced_prompts_are_the_same_for_both(run: Run, model: Checkpoint) -> None:
+    found = run("int2", rounded(model, 2), forced=True)
+    assert [row.identical_prompts for row in found.rounds] == [1, 1]
+    assert found.rounds[1].identical_traces < 1
+
+
+def test_the_report_in_every_form(run: Run, model: Checkpoint) -> None:
+    found = run("int2", rounded(model, 2))
+    facts = report.to_json(found)
+    contract = {"rounds", "answer_agreement", "mcnemar_p", "kl_mean", "router_agreement",
+                "first_divergence", "problems", "tokens", "verdict"}  # fmt: skip
+    assert contract <= set(facts)
+    assert facts["first_divergence"]["rollouts"] > 0
+    assert "verdict: fail" in report.to_text(found)
+    page = report.to_html(found)
+    assert page.count("<svg") == 2
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    junit = report.to_junit(found)
+    assert f'failures="{len(failed(found).splitlines())}"' in junit
+    table = report.to_markdown([found]).splitlines()
+    assert table[0] == "|  | round 0 | round 1 |"
+    assert len(table) == 4
+
+
+def test_cached_and_whole_readings_agree(model: Checkpoint) -> None:
+    engine = Arithmetic().model(model)
+    ids = torch.arange(7, 60)
+    traces = [forced.Trace(ids[:size], prompt, i, 0) for i, (size, prompt) in
+              enumerate([(9, 4), (30, 1), (53, 52), (20, 11)])]  # fmt: skip
+    own = forced.evaluate(engine, traces)
+    for blocks in (forced.whole(engine, traces), forced.cached(engine, traces)):
+        (reading,) = forced.compare([(engine, own)], blocks)
+        assert float(reading.kl.max()) == 0
+        assert torch.equal(reading.routes, own.routes)
+        assert torch.equal(reading.weights, own.weights)
