@@ -5,6 +5,11 @@
 #include <cstring>
 #include <new>
 
+#if defined(__linux__) && defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "layout.h"
 #include "ops.h"
 #include "pool.h"
@@ -23,6 +28,10 @@ int32_t best_isa() {
         __builtin_cpu_supports("avx512vnni"))
         return kAvx512;
     if (avx2) return kAvx2;
+#elif defined(ZK_ARM_KERNELS) && defined(__linux__)
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) return kDotProduct;
+#elif defined(ZK_ARM_KERNELS) && defined(__APPLE__)
+    return kDotProduct;  // every Mac with an ARM processor
 #endif
     return kBase;
 }
@@ -31,70 +40,115 @@ thread_local Scratch scratch;
 
 // ---- packing -------------------------------------------------------------------------------------
 
-void pack_row(const Matrix& m, const int8_t* codes, const char* scales, int64_t row) {
-    uint8_t* tile = m.data + row / kTile * tile_bytes(m);
-    const int64_t lane = row % kTile, groups = ceil_div(m.columns, m.group);
-    const int64_t size = scale_bytes(m.scale_type), own = kPanel / m.group;
-    for (int64_t start = 0; start < m.columns; start += kPanel, tile += panel_bytes(m)) {
-        const int64_t end = std::min<int64_t>(kPanel, m.columns - start);
-        uint32_t* words = reinterpret_cast<uint32_t*>(tile) + lane;
-        for (int64_t i = 0; i < end; i++) {
-            // The offset is there already: adding a code to it is flipping its highest bit.
-            const uint32_t code = static_cast<uint8_t>(codes[row * m.columns + start + i]);
+// One row, lane by lane: `put(target, source, bytes)` for every number beside the codes.
+struct Row {
+    const Matrix& m;
+    const Source& from;
+    int64_t row, lane, size;
+
+    Row(const Matrix& matrix, const Source& source, int64_t index)
+        : m(matrix), from(source), row(index), lane(index % kTile),
+          size(number_bytes(matrix.scale_type)) {}
+
+    // Columns [start, start + columns) of the padded row into the span that begins at `span`.
+    void pack(uint8_t* span, int64_t start, int64_t columns) const {
+        const Parts at = parts(m, columns);
+        const int64_t end = std::min(start + columns, m.columns);
+        uint32_t* words = reinterpret_cast<uint32_t*>(span + at.codes) + lane;
+        for (int64_t i = start; i < end; i++) {
+            const uint32_t code = static_cast<uint8_t>(from.codes[row * m.columns + i] + from.bias);
             const uint32_t bits = m.bits == 4 ? code & 15u : code;
-            words[code_word(m.bits, i) * kTile] ^= bits << code_shift(m.bits, i);
+            words[code_word(m.bits, i - start) * kTile] |= bits << code_shift(m.bits, i - start);
         }
-        uint8_t* target = tile + kBlocks * block_bytes(m.bits);
-        for (int64_t g = 0; g < own && start / m.group + g < groups; g++)
-            std::memcpy(target + (g * kTile + lane) * size,
-                        scales + (row * groups + start / m.group + g) * size, size);
+        const int64_t groups = ceil_div(m.columns, from.group);
+        for (int64_t i = start, own = lane; i < end; i += m.group, own += kTile) {
+            const int64_t group = row * groups + i / from.group;
+            std::memcpy(span + own * size, static_cast<const char*>(from.scales) + group * size, size);
+            const uint8_t* offsets = static_cast<const uint8_t*>(from.offsets);
+            if (m.form == kZeroPoints)
+                span[at.offsets + own] = static_cast<uint8_t>(offsets[group] + from.bias);
+            else if (m.form == kMinima)
+                std::memcpy(span + at.offsets + own * size, offsets + group * size, size);
+        }
+        if (m.scale_type != kProduct) return;
+        const int64_t outer_groups = ceil_div(m.columns, from.outer);
+        uint16_t* scales = reinterpret_cast<uint16_t*>(span + at.outer_scales) + lane;
+        uint16_t* minima = reinterpret_cast<uint16_t*>(span + at.outer_offsets) + lane;
+        for (int64_t i = start; i < end; i += kPanel, scales += kTile, minima += kTile) {
+            const int64_t group = row * outer_groups + i / from.outer;
+            *scales = from.outer_scales[group];
+            if (m.form == kMinima) *minima = from.outer_offsets[group];
+        }
+    }
+};
+
+void pack_tile(const Matrix& m, const Source& source, int64_t tile) {
+    uint8_t* span = m.data + tile * tile_bytes(m);
+    std::memset(span, 0, tile_bytes(m));
+    for (int64_t start = 0; start < m.columns; start += kSpan) {
+        const int64_t columns = span_columns(m, start);
+        for (int64_t row = tile * kTile; row < std::min(m.rows, (tile + 1) * kTile); row++)
+            Row(m, source, row).pack(span, start, columns);
+        span += parts(m, columns).end;
     }
 }
 
-void pack_tile(const Matrix& m, const int8_t* codes, const char* scales, int64_t tile) {
-    uint8_t* panel = m.data + tile * tile_bytes(m);
-    for (int64_t i = 0; i < panels(m); i++, panel += panel_bytes(m)) {
-        std::memset(panel, m.bits == 4 ? 0x88 : 0x80, kBlocks * block_bytes(m.bits));
-        std::memset(panel + kBlocks * block_bytes(m.bits), 0,
-                    panel_bytes(m) - kBlocks * block_bytes(m.bits));
-    }
-    for (int64_t row = tile * kTile; row < std::min(m.rows, (tile + 1) * kTile); row++)
-        pack_row(m, codes, scales, row);
-}
-
-float read_scale(const uint8_t* from, int32_t type) {
+float read_number(const uint8_t* from, int32_t type) {
     uint32_t bits = 0;
     float value;
-    std::memcpy(&bits, from, scale_bytes(type));
+    std::memcpy(&bits, from, number_bytes(type));
+    if (type == kProduct) return static_cast<int8_t>(bits);
     if (type == kBFloat16) bits <<= 16;
     const uint32_t magnitude = (bits & 0x7FFFu) << 13;
     std::memcpy(&value, type == kFloat16 ? &magnitude : &bits, 4);
     if (type != kFloat16) return value;
-    return (bits & 0x8000u ? -value : value) * 0x1p112f;
+    value *= 0x1p112f;
+    if ((bits & 0x7C00u) == 0x7C00u) value = bits & 0x3FFu ? __builtin_nanf("") : __builtin_inff();
+    return bits & 0x8000u ? -value : value;
 }
 
 void unpack_row(const Matrix& m, int64_t row, float* out) {
-    const uint8_t* tile = m.data + row / kTile * tile_bytes(m);
-    const int64_t lane = row % kTile, size = scale_bytes(m.scale_type);
+    const uint8_t* span = m.data + row / kTile * tile_bytes(m);
+    const int64_t lane = row % kTile, size = number_bytes(m.scale_type);
     const uint32_t mask = (1u << m.bits) - 1;
-    for (int64_t start = 0; start < m.columns; start += kPanel, tile += panel_bytes(m)) {
-        const uint32_t* words = reinterpret_cast<const uint32_t*>(tile) + lane;
-        const uint8_t* scales = tile + kBlocks * block_bytes(m.bits);
-        for (int64_t i = 0; i < std::min<int64_t>(kPanel, m.columns - start); i++) {
+    const int center = m.bits == 8 ? 128 : m.form == kSymmetric ? 8 : 0;
+    for (int64_t start = 0; start < m.columns; start += kSpan) {
+        const int64_t columns = span_columns(m, start);
+        const Parts at = parts(m, columns);
+        const uint32_t* words = reinterpret_cast<const uint32_t*>(span + at.codes) + lane;
+        for (int64_t i = 0; i < std::min(columns, m.columns - start); i++) {
             const uint32_t word = words[code_word(m.bits, i) * kTile];
-            const int32_t code = static_cast<int32_t>(word >> code_shift(m.bits, i) & mask);
-            const float scale =
-                read_scale(scales + (i / m.group * kTile + lane) * size, m.scale_type);
-            out[start + i] = static_cast<float>(code - (1 << (m.bits - 1))) * scale;
+            const int u = static_cast<int>(word >> code_shift(m.bits, i) & mask);
+            const int64_t own = i / m.group * kTile + lane, outer = i / kPanel * kTile + lane;
+            float scale = read_number(span + own * size, m.scale_type);
+            if (m.scale_type == kProduct)
+                scale *= read_number(span + at.outer_scales + outer * 2, kFloat16);
+            float value = 0;
+            switch (m.form) {
+                case kLevels: value = kIq4Levels[u] * scale; break;
+                case kZeroPoints: value = (u - span[at.offsets + own]) * scale; break;
+                default: value = (u - center) * scale;
+            }
+            if (m.form == kMinima) {
+                float minimum = read_number(span + at.offsets + own * size, m.scale_type);
+                if (m.scale_type == kProduct)
+                    minimum *= read_number(span + at.outer_offsets + outer * 2, kFloat16);
+                value += minimum;
+            }
+            out[start + i] = value;
         }
+        span += at.end;
     }
 }
 
 }  // namespace
 }  // namespace zk
 
-// Raised with every change of a signature, a struct or the layout; native.py refuses another one.
-ZK_EXPORT int32_t zk_abi_version() { return 2; }
+// Raised with every change of a signature or a struct; library.py refuses another one.
+ZK_EXPORT int32_t zk_abi_version() { return 3; }
+
+// Raised with every change of what packed bytes mean.
+ZK_EXPORT int32_t zk_layout_version() { return zk::kLayoutVersion; }
 
 ZK_EXPORT int32_t zk_best_isa() { return zk::best_isa(); }
 
@@ -103,13 +157,11 @@ ZK_EXPORT int64_t zk_packed_bytes(const zk::Matrix* matrix) {
     return zk::packed_bytes(*matrix);
 }
 
-// codes [rows, columns] int8, scales [rows, groups] of the scale type, into matrix->data.
-ZK_EXPORT void zk_pack(const zk::Matrix* matrix, const int8_t* codes, const void* scales,
-                       int32_t threads) {
+// Fills matrix->data.
+ZK_EXPORT void zk_pack(const zk::Matrix* matrix, const zk::Source* source, int32_t threads) {
     zk::Team team(threads);
     team.run(zk::tiles(*matrix), zk::kAnything, [&](int64_t begin, int64_t end) {
-        for (int64_t tile = begin; tile < end; tile++)
-            zk::pack_tile(*matrix, codes, static_cast<const char*>(scales), tile);
+        for (int64_t tile = begin; tile < end; tile++) zk::pack_tile(*matrix, *source, tile);
     });
 }
 

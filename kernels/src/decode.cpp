@@ -142,7 +142,7 @@ private:
     Input input(const Matrix* const* matrices, int count, const float* values, int64_t stride,
                 int64_t rows) {
         const int64_t columns = matrices[0]->columns;
-        const Rows prepared = place_rows(room_.prepared, columns, fast_);
+        const Rows prepared = place_rows(room_.prepared, columns);
         const bool any = std::any_of(matrices, matrices + count,
                                      [](const Matrix* m) { return packed(*m); });
         if (any)

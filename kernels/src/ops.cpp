@@ -10,12 +10,15 @@ constexpr int64_t kTiles = 16;        // of gate before the same of up: two long
 constexpr int64_t kFewRows = 4;       // for which that pays
 constexpr int64_t kAlone = 16 << 10;  // bytes of weights that are not worth a second thread
 
-// body(tile, tiles, start, count) for two tiles at a time, or one, and rows in handfuls.
+constexpr int64_t some_tiles(int64_t left) { return left < kTogether ? left : kTogether; }
+
+// body(tile, tiles, start, count) for as many tiles at a time as multiply takes, and rows in
+// handfuls.
 template <typename Body>
-void in_pairs(int64_t begin, int64_t end, int64_t count, Body body) {
-    for (int64_t tile = begin; tile < end; tile += 2)
+void in_handfuls(int64_t begin, int64_t end, int64_t count, Body body) {
+    for (int64_t tile = begin; tile < end; tile += kTogether)
         for (int64_t start = 0; start < count; start += kRows)
-            body(tile, std::min<int64_t>(2, end - tile), start, std::min(kRows, count - start));
+            body(tile, some_tiles(end - tile), start, std::min(kRows, count - start));
 }
 
 // body(row, first, lanes, values) for each row of each tile's part of the result: `lanes` columns
@@ -34,22 +37,22 @@ void each_row(int64_t width, int64_t tile, int64_t count_of_tiles, int64_t rows,
 void gate_up(const Kernels& kernels, bool fast, const Run& run, int64_t begin, int64_t end,
              int64_t origin, const Rows& rows, float* hidden, int64_t width) {
     // Few rows: many tiles of gate, then the same of up.  Many rows: weights matter less.
-    alignas(64) float gate[2 * kRows * kTile], up[2 * kRows * kTile];
+    alignas(kLine) float gate[kTogether * kRows * kTile], up[kTogether * kRows * kTile];
     const int64_t count = run.end - run.begin, first = run.begin - origin;
-    const int64_t group = count <= kFewRows ? kTiles : 2;
+    const int64_t group = count <= kFewRows ? kTiles : kTogether;
     for (; begin < end; begin += group) {
         const int64_t stop = std::min(begin + group, end);
         for (int64_t start = 0; start < count; start += kRows) {
             const int64_t some = std::min(kRows, count - start), at = first + start;
-            for (int64_t tile = begin; tile < stop; tile += 2)
-                kernels.multiply(run.gate, tile, std::min<int64_t>(2, stop - tile), fast, rows, at,
+            for (int64_t tile = begin; tile < stop; tile += kTogether)
+                kernels.multiply(run.gate, tile, some_tiles(stop - tile), fast, rows, at,
                                  some, gate + (tile - begin) * some * kTile);
-            for (int64_t tile = begin; tile < stop; tile += 2) {
-                const int64_t pair = std::min<int64_t>(2, stop - tile);
+            for (int64_t tile = begin; tile < stop; tile += kTogether) {
+                const int64_t taken = some_tiles(stop - tile);
                 float* own = gate + (tile - begin) * some * kTile;
-                kernels.multiply(run.up, tile, pair, fast, rows, at, some, up);
-                kernels.swiglu(own, up, pair * some);
-                each_row(width, tile, pair, some, own,
+                kernels.multiply(run.up, tile, taken, fast, rows, at, some, up);
+                kernels.swiglu(own, up, taken * some);
+                each_row(width, tile, taken, some, own,
                          [&](int64_t i, int64_t column, int64_t lanes, const float* from) {
                              std::memcpy(hidden + (at + i) * width + column, from, 4 * lanes);
                          });
@@ -57,17 +60,17 @@ void gate_up(const Kernels& kernels, bool fast, const Run& run, int64_t begin, i
         }
     }
 }
-static_assert(kTiles * kFewRows <= 2 * kRows, "gate holds either");
+static_assert(kTiles * kFewRows <= kTogether * kRows, "gate holds either");
 
 void down(const Kernels& kernels, bool fast, const Run& run, int64_t begin, int64_t end,
           int64_t origin, const Rows& rows, const int64_t* order, const float* weights,
           float* out) {
     const int64_t count = run.end - run.begin, width = run.down.rows;
-    in_pairs(begin, end, count, [&](int64_t tile, int64_t pair, int64_t start, int64_t some) {
-        alignas(64) float part[2 * kRows * kTile];
+    in_handfuls(begin, end, count, [&](int64_t tile, int64_t taken, int64_t start, int64_t some) {
+        alignas(kLine) float part[kTogether * kRows * kTile];
         const int64_t at = run.begin - origin + start;
-        kernels.multiply(run.down, tile, pair, fast, rows, at, some, part);
-        each_row(width, tile, pair, some, part,
+        kernels.multiply(run.down, tile, taken, fast, rows, at, some, part);
+        each_row(width, tile, taken, some, part,
                  [&](int64_t i, int64_t first, int64_t lanes, const float* from) {
                      const int64_t row = order[run.begin + start + i];
                      for (int64_t lane = 0; lane < lanes; lane++)
@@ -79,15 +82,12 @@ void down(const Kernels& kernels, bool fast, const Run& run, int64_t begin, int6
 }  // namespace
 
 int64_t rows_bytes(int64_t count, int64_t columns, bool fast) {
-    const int64_t numbers = count * padded(columns);
-    const int64_t bytes = fast ? numbers / kBlock * static_cast<int64_t>(sizeof(Block)) : 4 * numbers;
-    return aligned(bytes);
+    const int64_t blocks = count * padded(columns) / kBlock * limbs_of(fast);
+    return blocks * static_cast<int64_t>(sizeof(Block));
 }
 
-Rows place_rows(char* memory, int64_t columns, bool fast) {
-    float* values = fast ? nullptr : reinterpret_cast<float*>(memory);
-    Block* blocks = fast ? reinterpret_cast<Block*>(memory) : nullptr;
-    return {values, blocks, padded(columns)};
+Rows place_rows(char* memory, int64_t columns) {
+    return {reinterpret_cast<Block*>(memory), padded(columns)};
 }
 
 int threads_for(const Options& options, int64_t bytes) {
@@ -97,10 +97,10 @@ int threads_for(const Options& options, int64_t bytes) {
 void product(Team& team, const Kernels& kernels, bool fast, const Matrix& matrix, const Rows& rows,
              int64_t count, const float* bias, float* out) {
     team.run(tiles(matrix), kAnything, [&](int64_t begin, int64_t end) {
-        in_pairs(begin, end, count, [&](int64_t tile, int64_t pair, int64_t start, int64_t some) {
-            alignas(64) float part[2 * kRows * kTile];
-            kernels.multiply(matrix, tile, pair, fast, rows, start, some, part);
-            each_row(matrix.rows, tile, pair, some, part,
+        in_handfuls(begin, end, count, [&](int64_t tile, int64_t taken, int64_t start, int64_t some) {
+            alignas(kLine) float part[kTogether * kRows * kTile];
+            kernels.multiply(matrix, tile, taken, fast, rows, start, some, part);
+            each_row(matrix.rows, tile, taken, some, part,
                      [&](int64_t i, int64_t first, int64_t lanes, const float* from) {
                          float* target = out + (start + i) * matrix.rows + first;
                          for (int64_t lane = 0; lane < lanes; lane++)
@@ -115,7 +115,7 @@ void linear(Team& team, Scratch& scratch, const Matrix& matrix, const float* x, 
     const Kernels kernels = kernels_of(options.isa);
     const bool fast = options.fast != 0;
     const int64_t columns = matrix.columns;
-    const Rows rows = place_rows(scratch.take(rows_bytes(count, columns, fast)), columns, fast);
+    const Rows rows = place_rows(scratch.take(rows_bytes(count, columns, fast)), columns);
     prepare(team, kernels, fast, rows, columns, count, [&](int64_t i) { return x + i * columns; });
     product(team, kernels, fast, matrix, rows, count, bias, out);
 }
@@ -131,9 +131,9 @@ void moe_ffn(Team& team, Scratch& scratch, const Experts& experts, const float* 
     const int64_t hidden_bytes = aligned(4 * count * width);
     char* memory = scratch.take(input_bytes + hidden_bytes +
                                 rows_bytes(count, last.columns, fast));
-    const Rows inputs = place_rows(memory, columns, fast);
+    const Rows inputs = place_rows(memory, columns);
     float* hidden = reinterpret_cast<float*>(memory + input_bytes);
-    const Rows middle = place_rows(memory + input_bytes + hidden_bytes, last.columns, fast);
+    const Rows middle = place_rows(memory + input_bytes + hidden_bytes, last.columns);
 
     prepare(team, kernels, fast, inputs, columns, count,
             [&](int64_t i) { return x + experts.order[origin + i] * columns; });

@@ -28,7 +28,7 @@ public:
         if (bytes > size_) {
             std::free(memory_);
             size_ = 0;
-            memory_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+            memory_ = static_cast<char*>(std::aligned_alloc(kLine, aligned(bytes)));
             if (memory_ == nullptr) throw std::bad_alloc();
             size_ = bytes;
         }
@@ -49,13 +49,11 @@ private:
     int64_t size_ = 0;
 };
 
-constexpr int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 // ---- activations ---------------------------------------------------------------------------------
 
 // Bytes of `count` rows as kernels read them, and the rows that lie there.
 int64_t rows_bytes(int64_t count, int64_t columns, bool fast);
-Rows place_rows(char* memory, int64_t columns, bool fast);
+Rows place_rows(char* memory, int64_t columns);
 
 // Fills rows; source(i) points to the i-th of `count` rows of floats.
 template <typename Source>

@@ -1,71 +1,83 @@
 // Products with tiles of a packed matrix.  Compiled once per instruction set.
 //
 // A vector lane is one of the tile's 16 rows: kParts vectors hold a number of each.  Weights are
-// loaded once for up to kMost rows of activations, whose numbers are broadcast.  The operations on
-// a row of activations and their order do not depend on how many rows stand beside it.
+// loaded once for up to four tiles and eight rows of activations, whose numbers are broadcast.  The
+// operations on a row of activations and their order do not depend on how many rows stand beside it.
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include "isa.h"
 #include "layout.h"
+#include "vectors.h"
+
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
 
 namespace zk {
 namespace ZK_ISA_NAMESPACE {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#elif defined(__AVX2__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
-constexpr int kParts = kTile / W;
-constexpr int kMost = W == 16 ? 8 : W == 8 ? 2 : 1;  // what registers hold without spilling
-
-typedef float V __attribute__((vector_size(4 * W)));
-typedef int32_t I __attribute__((vector_size(4 * W)));
-typedef uint32_t U __attribute__((vector_size(4 * W)));
-typedef uint16_t H __attribute__((vector_size(2 * W)));
 typedef int8_t B __attribute__((vector_size(W)));
+typedef uint8_t Z __attribute__((vector_size(W)));
 
-constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: x + magic rounds x to an integer
+constexpr int kParts = kTile / W;
 
-#define ZK_INLINE inline __attribute__((always_inline))
+// What registers hold without spilling: rows of activations, and tiles once there are so many rows.
+#if defined(__AVX512F__)
+constexpr int kRows = 4, kTiles = 4;
+#elif defined(__AVX2__)
+constexpr int kRows = 2, kTiles = 1;
+#elif defined(__ARM_NEON)
+constexpr int kRows = 4, kTiles = 1;
+#else
+constexpr int kRows = 1, kTiles = 1;
+#endif
 
-template <typename T>
-ZK_INLINE T load(const void* from) {
-    T x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
-ZK_INLINE V from_bits(U bits) { return (V)bits; }
-ZK_INLINE V splat(float x) { return x - V{}; }
-ZK_INLINE V to_float(I x) { return __builtin_convertvector(x, V); }
+// How numbers are stored, as far as it changes a loop.
+//   BITS: 4 or 8.  LEVELS: codes of 4 bits name levels.  OFFSETS: there are some.
+//   HALVES: groups that a block of 32 columns spans, 1 or 2.
+template <int BITS_, bool LEVELS_, bool OFFSETS_, int HALVES_>
+struct Grid {
+    static constexpr int BITS = BITS_, HALVES = HALVES_;
+    static constexpr bool LEVELS = LEVELS_, OFFSETS = OFFSETS_;
+    static constexpr int kWords = BITS;                 // of 32 bits in a row of 32 codes
+    static constexpr int kQuads = 8 / kWords;           // fours of columns in a word
+    static constexpr bool kWide = BITS == 8 || LEVELS;  // bytes are codes + 128, not + 8
+};
 
 // ---- what compilers find no good code for --------------------------------------------------------
 
 // acc + the dot product of the four unsigned bytes of each lane of w with the four signed bytes of
-// x.  w holds codes of BITS bits plus their offset.
+// x.  WIDE: bytes may exceed 127.
 #if defined(__AVX512F__)
-template <int BITS>
+constexpr bool kSigned = false;
+template <bool WIDE>
 ZK_INLINE I dot(I acc, U w, int32_t x) {
     return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
 }
 ZK_INLINE V widen_half(const void* from) {
     return (V)_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
 }
+ZK_INLINE I widen_unsigned(const uint8_t* from) {
+    return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+ZK_INLINE I widen_signed(const uint8_t* from) {
+    return (I)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+ZK_INLINE U look_up(U nibbles) {
+    const __m128i table = _mm_xor_si128(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(kIq4Levels)), _mm_set1_epi8(-128));
+    return (U)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), (__m512i)nibbles);
+}
 #elif defined(__AVX2__)
 // Pairs are summed in 16 bits.  They cannot overflow with 4 bits (2 * 15 * 127); with 8 the
 // offset is taken off again and the sign of a weight moved to x (2 * 128 * 127).
-template <int BITS>
+constexpr bool kSigned = true;
+template <bool WIDE>
 ZK_INLINE I dot(I acc, U w, int32_t x) {
     __m256i weights = (__m256i)w, inputs = _mm256_set1_epi32(x);
-    if (BITS == 8) {
+    if (WIDE) {
         const __m256i codes = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
         weights = _mm256_abs_epi8(codes);
         inputs = _mm256_sign_epi8(inputs, codes);
@@ -76,8 +88,47 @@ ZK_INLINE I dot(I acc, U w, int32_t x) {
 ZK_INLINE V widen_half(const void* from) {
     return (V)_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from)));
 }
+ZK_INLINE I widen_unsigned(const uint8_t* from) {
+    return (I)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+ZK_INLINE I widen_signed(const uint8_t* from) {
+    return (I)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+ZK_INLINE void store_narrow(I x, int8_t* to) {
+    const __m128i pairs =
+        _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(pairs, pairs));
+}
+ZK_INLINE U look_up(U nibbles) {
+    const __m128i table = _mm_xor_si128(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(kIq4Levels)), _mm_set1_epi8(-128));
+    return (U)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), (__m256i)nibbles);
+}
+#elif defined(__ARM_NEON)
+constexpr bool kSigned = true;
+template <bool WIDE>
+ZK_INLINE I dot(I acc, U w, int32_t x) {
+    const int8x16_t inputs = vreinterpretq_s8_s32(vdupq_n_s32(x));
+    int8x16_t codes = (int8x16_t)w;
+    if (WIDE) codes = veorq_s8(codes, vdupq_n_s8(-128));
+#if defined(__ARM_FEATURE_DOTPROD)
+    return (I)vdotq_s32((int32x4_t)acc, codes, inputs);
 #else
-template <int BITS>
+    const int16x8_t low = vmull_s8(vget_low_s8(codes), vget_low_s8(inputs));
+    const int16x8_t high = vmull_s8(vget_high_s8(codes), vget_high_s8(inputs));
+    return acc + (I)vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
+#endif
+}
+ZK_INLINE V widen_half(const void* from) {
+    return (V)vcvt_f32_f16(vld1_f16(static_cast<const float16_t*>(from)));
+}
+ZK_INLINE U look_up(U nibbles) {
+    const uint8x16_t table = veorq_u8(vreinterpretq_u8_s8(vld1q_s8(kIq4Levels)), vdupq_n_u8(128));
+    return (U)vqtbl1q_u8(table, (uint8x16_t)nibbles);
+}
+#else
+constexpr bool kSigned = false;
+template <bool WIDE>
 ZK_INLINE I dot(I acc, U w, int32_t x) {
     const uint32_t bytes = static_cast<uint32_t>(x);
 #pragma GCC unroll 4
@@ -93,48 +144,154 @@ ZK_INLINE V widen_half(const void* from) {
     const V value = from_bits((raw & 0x7FFFu) << 13) * 0x1p112f;
     return from_bits((U)value | ((raw & 0x8000u) << 16));
 }
+ZK_INLINE U look_up(U nibbles) {
+    U levels{};
+    for (int lane = 0; lane < W; lane++)
+        for (int shift = 0; shift < 32; shift += 8) {
+            const int level = kIq4Levels[nibbles[lane] >> shift & 15u] + 128;
+            levels[lane] |= static_cast<uint32_t>(level) << shift;
+        }
+    return levels;
+}
 #endif
 
-template <int SCALE>
-ZK_INLINE V load_scales(const uint8_t* from, int part) {
-    if (SCALE == kFloat32) return load<V>(from + 4 * W * part);
-    if (SCALE == kFloat16) return widen_half(from + 2 * W * part);
-    return from_bits(__builtin_convertvector(load<H>(from + 2 * W * part), U) << 16);
+#if defined(__AVX512F__) || !defined(__AVX2__)
+ZK_INLINE void store_narrow(I x, int8_t* to) {
+    const B narrow = __builtin_convertvector(x, B);
+    std::memcpy(to, &narrow, sizeof narrow);
+}
+#endif
+#if !defined(__AVX2__)
+ZK_INLINE I widen_unsigned(const uint8_t* from) {
+    return __builtin_convertvector(load<Z>(from), I);
+}
+ZK_INLINE I widen_signed(const uint8_t* from) {
+    return __builtin_convertvector(load<B>(from), I);
+}
+#endif
+
+// ---- scales --------------------------------------------------------------------------------------
+
+// The scales of a span as floats, and what is added to code times scale.
+template <int TILES>
+struct Scales {
+    alignas(kLine) float scale[TILES][kSpan / 16 * kTile + 16];
+    alignas(kLine) float offset[TILES][kSpan / 16 * kTile + 16];
+};
+
+template <int32_t TYPE>
+ZK_INLINE V number(const uint8_t* from, const uint8_t* outer, int64_t index, int part) {
+    const int64_t at = index * kTile + W * part;
+    if (TYPE == kFloat32) return load<V>(from + 4 * at);
+    if (TYPE == kFloat16) return widen_half(from + 2 * at);
+    if (TYPE == kBFloat16) return widen_bfloat16(from + 2 * at);
+    return widen_half(outer + 2 * W * part) *
+           to_float(widen_signed(from + at));
 }
 
-// What takes the offset of the weights off: 128 times the sum with 8 bits, except where AVX2 has
-// done so already.
-template <int BITS>
-ZK_INLINE I start_of(const Block& x) {
-    const I start = I{} + x.start;
-    return BITS == 4 ? start : W == 8 ? I{} : start << 4;
+// body(index, part, where) for all numbers of a kind.
+template <typename Body>
+ZK_INLINE void each_number(int64_t groups, float* out, Body body) {
+    for (int64_t index = 0; index < groups; index++)
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; part++) {
+            float* target = out + index * kTile + W * part;
+            const V value = body(index, part, target);
+            std::memcpy(target, &value, sizeof value);
+        }
 }
 
-// ---- one block of 32 columns ---------------------------------------------------------------------
+template <int32_t TYPE>
+void decode_scales(const Matrix& m, const uint8_t* span, int64_t columns, float* scales,
+                   float* offsets) {
+    const Parts at = parts(m, columns);
+    const int64_t groups = columns / m.group, own = kPanel / m.group;
+    const auto stored = [&](int64_t from, int64_t outer, int64_t index, int part) {
+        const int64_t panel = TYPE == kProduct ? index / own * kTile * 2 : 0;
+        return number<TYPE>(span + from, span + outer + panel, index, part);
+    };
+    each_number(groups, scales, [&](int64_t index, int part, float*) {
+        return stored(0, at.outer_scales, index, part);
+    });
+    // Kernels take codes as u - center.
+    const float center = m.bits == 4 ? 8.0f : 128.0f;
+    if (m.form == kZeroPoints) {
+        each_number(groups, offsets, [&](int64_t index, int part, const float* target) {
+            const I zeros = widen_unsigned(span + at.offsets + index * kTile + W * part);
+            return (center - to_float(zeros)) * load<V>(scales + (target - offsets));
+        });
+    } else if (m.form == kMinima) {
+        const float count = m.bits == 4 ? center : 0.0f;
+        each_number(groups, offsets, [&](int64_t index, int part, const float* target) {
+            return stored(at.offsets, at.outer_offsets, index, part) +
+                   count * load<V>(scales + (target - offsets));
+        });
+    } else if (m.group == 16) {  // whose kernels add offsets always
+        std::memset(offsets, 0, 4 * groups * kTile);
+    }
+}
+
+void decode_scales(const Matrix& m, const uint8_t* span, int64_t columns, float* scales,
+                   float* offsets) {
+    switch (m.scale_type) {
+        case kFloat16: return decode_scales<kFloat16>(m, span, columns, scales, offsets);
+        case kBFloat16: return decode_scales<kBFloat16>(m, span, columns, scales, offsets);
+        case kProduct: return decode_scales<kProduct>(m, span, columns, scales, offsets);
+        default: return decode_scales<kFloat32>(m, span, columns, scales, offsets);
+    }
+}
+
+// ---- a span of some tiles ------------------------------------------------------------------------
+
+// What a call is about: rows of activations, and where in them the span begins.
+struct Task {
+    const Matrix& matrix;
+    const Rows& rows;
+    int64_t first;    // row
+    int64_t count;    // of rows
+    int64_t start;    // column
+    int64_t columns;  // of the span
+    const uint8_t* codes;  // of the first tile
+    int64_t tile_step;     // bytes from tile to tile
+    float* out;            // [tiles, count, 16], added to
+};
+
+// The index of the group of half `half` of block `block`.
+template <typename G>
+ZK_INLINE int64_t group_of(int64_t block, int half, int shift) {
+    return G::HALVES == 2 ? 2 * block + half : block >> shift;
+}
 
 ZK_INLINE int32_t word(const int8_t* codes) { return load<int32_t>(codes); }
 
-// Adds to acc[r] the dot products of a block's codes with block `block` of each row.
-template <int BITS, int R, int T>
-ZK_INLINE void fast_block(const uint8_t* codes, int64_t tile_step, const Block* const* x,
-                          int64_t block, I (*acc)[R][kParts]) {
-    constexpr int kWords = BITS;  // of 32 bits in a row of 32 codes
+// Adds to acc the dot products of a block's codes with those of each row.
+template <typename G, int R, int T>
+ZK_INLINE void dots(const uint8_t* codes, int64_t tile_step, const Block* const* x, int limb,
+                    I (*acc)[R][G::HALVES][kParts]) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kWords; i++) {
-#pragma GCC unroll 2
-        for (int t = 0; t < T; t++) {
+    for (int i = 0; i < G::kWords; i++) {
+        const int half = G::HALVES == 2 ? 2 * i / G::kWords : 0;
 #pragma GCC unroll 4
-            for (int part = 0; part < kParts; part++) {
-                const U w = load<U>(codes + t * tile_step + 4 * (kTile * i + W * part));
+        for (int part = 0; part < kParts; part++) {
+            U w[T];
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++)
+                w[t] = load<U>(codes + t * tile_step + 4 * (kTile * i + W * part));
+#pragma GCC unroll 2
+            for (int quad = 0; quad < G::kQuads; quad++) {
+                U bytes[T];
+#pragma GCC unroll 4
+                for (int t = 0; t < T; t++) {
+                    bytes[t] = G::BITS == 8 ? w[t] : (w[t] >> (4 * quad)) & 0x0F0F0F0Fu;
+                    if (G::LEVELS) bytes[t] = look_up(bytes[t]);
+                }
 #pragma GCC unroll 8
                 for (int r = 0; r < R; r++) {
-                    I& sum = acc[t][r][part];
-                    const int8_t* own = x[r][block].codes;
-                    if (BITS == 4) {
-                        sum = dot<4>(sum, w & 0x0F0F0F0Fu, word(own + 8 * i));
-                        sum = dot<4>(sum, (w >> 4) & 0x0F0F0F0Fu, word(own + 8 * i + 4));
-                    } else {
-                        sum = dot<8>(sum, w, word(own + 4 * i));
+                    const int32_t own = word(x[r][limb].codes + 4 * (G::kQuads * i + quad));
+#pragma GCC unroll 4
+                    for (int t = 0; t < T; t++) {
+                        I& sum = acc[t][r][half][part];
+                        sum = dot<G::kWide>(sum, bytes[t], own);
                     }
                 }
             }
@@ -142,238 +299,234 @@ ZK_INLINE void fast_block(const uint8_t* codes, int64_t tile_step, const Block* 
     }
 }
 
-// The code in the given bits of each lane, as a float.
-template <int BITS>
-ZK_INLINE V decode(U w, int shift) {
-#if defined(__AVX512F__)
-    if (BITS == 4) {  // a look-up that ignores the bits above
-        const __m512 levels = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-        return (V)_mm512_permutexvar_ps((__m512i)(w >> shift), levels);
-    }
-#endif
-    constexpr uint32_t mask = (1u << BITS) - 1;
-    return to_float((I)((w >> shift) & mask) - (1 << (BITS - 1)));
+// Which of Block's numbers is about `half`.
+template <typename G>
+constexpr int slot(int half) { return G::HALVES == 2 ? 1 + half : 0; }
+
+// What takes the center of the codes off, unless `dot` has done so.
+template <typename G>
+ZK_INLINE I start_of(const Block& x, int half) {
+    if (G::kWide && kSigned) return I{};
+    const I start = I{} + x.start[slot<G>(half)];
+    return G::kWide ? start << 4 : start;
 }
 
-template <int BITS, int R>
-ZK_INLINE void exact_block(const uint8_t* codes, const float* const* x, V (*acc)[kParts]) {
-    constexpr int kWords = BITS, kCodes = 32 / BITS;
-#pragma GCC unroll 8
-    for (int i = 0; i < kWords; i++) {
-#pragma GCC unroll 4
-        for (int part = 0; part < kParts; part++) {
-            const U w = load<U>(codes + 4 * (kTile * i + W * part));
-#pragma GCC unroll 8
-            for (int j = 0; j < kCodes; j++) {
-                const V value = decode<BITS>(w, code_shift(BITS, j));
-#pragma GCC unroll 8
-                for (int r = 0; r < R; r++) acc[r][part] += value * x[r][kCodes * i + j];
-            }
-        }
-    }
-}
-
-// ---- one tile, or two ----------------------------------------------------------------------------
-
-// Where results go: `rows` of the first tile, then those of the next one.
-struct Out {
-    float* values;
-    int64_t rows;
-};
-
-template <int R, int T>
-ZK_INLINE void store(const V (*sum)[R][kParts], const Out& out, int64_t row) {
-#pragma GCC unroll 2
-    for (int t = 0; t < T; t++)
-        std::memcpy(out.values + (t * out.rows + row) * kTile, sum[t], sizeof sum[t]);
-}
-
-template <int BITS, int SCALE, int R, int T>
-void fast_tile(const Matrix& m, const uint8_t* panel, const Rows& rows, int64_t first, Out out,
-               int64_t row) {
-    const int64_t step = panel_bytes(m), tile_step = tile_bytes(m);
-    const int64_t row_blocks = rows.columns / kBlock;
-    const int shift = group_shift(m);
+template <typename G, int LIMBS, int R, int T>
+void one_span(const Task& task, const Scales<T>& scales, int64_t row) {
+    constexpr bool kHeld = T * R * kParts <= 8;  // sums in registers, else in L1
     const Block* x[R];
+    const int64_t row_blocks = task.rows.columns / kBlock * LIMBS;
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) x[r] = rows.blocks + (first + row + r) * row_blocks;
-    V sum[T][R][kParts] = {};
-    for (int64_t start = 0; start < row_blocks; start += kBlocks, panel += step) {
-        for (int b = 0; b < kBlocks; b++) {
-            const int64_t block = start + b;
-            I acc[T][R][kParts];
-#pragma GCC unroll 2
+    for (int r = 0; r < R; r++)
+        x[r] = task.rows.blocks + (task.first + row + r) * row_blocks + task.start / kBlock * LIMBS;
+    const auto sum_at = [&](int t, int r, int part) {
+        return task.out + (t * task.count + row + r) * kTile + W * part;
+    };
+    V held[T][R][kParts];
+    if (kHeld)
+        for (int t = 0; t < T; t++)
+            for (int r = 0; r < R; r++)
+                for (int part = 0; part < kParts; part++)
+                    held[t][r][part] = load<V>(sum_at(t, r, part));
+
+    const int shift = task.matrix.group == 128 ? 2 : task.matrix.group == 64 ? 1 : 0;
+    const uint8_t* codes = task.codes;
+    for (int64_t block = 0; block < task.columns / kBlock; block++) {
+#pragma GCC unroll 3
+        for (int limb = 0; limb < LIMBS; limb++) {
+            I acc[T][R][G::HALVES][kParts];
+#pragma GCC unroll 4
             for (int t = 0; t < T; t++)
 #pragma GCC unroll 8
                 for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-                    for (int part = 0; part < kParts; part++)
-                        acc[t][r][part] = start_of<BITS>(x[r][block]);
-            fast_block<BITS, R, T>(panel + b * block_bytes(BITS), tile_step, x, block, acc);
-            const uint8_t* scales = panel + kBlocks * block_bytes(BITS) +
-                                    (b >> shift) * kTile * scale_bytes(SCALE);
 #pragma GCC unroll 2
-            for (int t = 0; t < T; t++) {
+                    for (int half = 0; half < G::HALVES; half++)
 #pragma GCC unroll 4
-                for (int part = 0; part < kParts; part++) {
-                    const V scale = load_scales<SCALE>(scales + t * tile_step, part);
+                        for (int part = 0; part < kParts; part++)
+                            acc[t][r][half][part] = start_of<G>(x[r][limb], half);
+            dots<G, R, T>(codes, task.tile_step, x, limb, acc);
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) {
+#pragma GCC unroll 2
+                for (int half = 0; half < G::HALVES; half++) {
+                    const int64_t at = group_of<G>(block, half, shift) * kTile;
+#pragma GCC unroll 4
+                    for (int part = 0; part < kParts; part++) {
+                        const V scale = load<V>(scales.scale[t] + at + W * part);
+                        V offset{};
+                        if (G::OFFSETS) offset = load<V>(scales.offset[t] + at + W * part);
 #pragma GCC unroll 8
-                    for (int r = 0; r < R; r++)
-                        sum[t][r][part] += to_float(acc[t][r][part]) * (scale * x[r][block].scale);
+                        for (int r = 0; r < R; r++) {
+                            const Block& own = x[r][limb];
+                            V sum = held[t][r][part];
+                            if (!kHeld) sum = load<V>(sum_at(t, r, part));
+                            sum += to_float(acc[t][r][half][part]) * (scale * own.scale);
+                            if (G::OFFSETS) sum += offset * own.total[slot<G>(half)];
+                            held[t][r][part] = sum;
+                            if (!kHeld) std::memcpy(sum_at(t, r, part), &sum, sizeof sum);
+                        }
+                    }
                 }
             }
         }
-    }
-    store<R, T>(sum, out, row);
-}
-
-template <int BITS, int SCALE, int R>
-void exact_tile(const Matrix& m, const uint8_t* panel, const Rows& rows, int64_t first, Out out,
-                int64_t row) {
-    const int64_t step = panel_bytes(m);
-    const int shift = group_shift(m);
-    V sum[1][R][kParts] = {};
-    for (int64_t start = 0; start < rows.columns; start += kPanel, panel += step) {
-        for (int b = 0; b < kBlocks; b++) {
-            const float* x[R];
-            V acc[R][kParts] = {};
+        codes += kTile * kBlock * G::BITS / 8;
 #pragma GCC unroll 8
+        for (int r = 0; r < R; r++) x[r] += LIMBS;
+    }
+    if (kHeld)
+        for (int t = 0; t < T; t++)
             for (int r = 0; r < R; r++)
-                x[r] = rows.values + (first + row + r) * rows.columns + start + b * kBlock;
-            exact_block<BITS, R>(panel + b * block_bytes(BITS), x, acc);
-            const uint8_t* scales = panel + kBlocks * block_bytes(BITS) +
-                                    (b >> shift) * kTile * scale_bytes(SCALE);
-#pragma GCC unroll 4
-            for (int part = 0; part < kParts; part++) {
-                const V scale = load_scales<SCALE>(scales, part);
-#pragma GCC unroll 8
-                for (int r = 0; r < R; r++) sum[0][r][part] += acc[r][part] * scale;
-            }
-        }
-    }
-    store<R, 1>(sum, out, row);
+                for (int part = 0; part < kParts; part++)
+                    std::memcpy(sum_at(t, r, part), &held[t][r][part], sizeof(V));
 }
 
 // ---- all rows ------------------------------------------------------------------------------------
 
 // Takes R rows as often as they are there, the rest in smaller handfuls.
-template <int BITS, int SCALE, int R, int T>
-void all_rows(const Matrix& m, const uint8_t* tile, bool fast, const Rows& rows, int64_t first,
-              int64_t count, Out out, int64_t row) {
-    for (; count - row >= R; row += R) {
-        if (fast || T > 1) fast_tile<BITS, SCALE, R, T>(m, tile, rows, first, out, row);
-        else exact_tile<BITS, SCALE, R>(m, tile, rows, first, out, row);
-    }
-    if constexpr (R > 1) {
-        if (row < count)
-            all_rows<BITS, SCALE, R / 2, T>(m, tile, fast, rows, first, count, out, row);
+template <typename G, int LIMBS, int R, int T>
+void all_rows(const Task& task, const Scales<T>& scales, int64_t row) {
+    for (; task.count - row >= R; row += R) one_span<G, LIMBS, R, T>(task, scales, row);
+    if constexpr (R > 1)
+        if (row < task.count) all_rows<G, LIMBS, R / 2, T>(task, scales, row);
+}
+
+template <typename G, int LIMBS, int T>
+void some_tiles(const Matrix& m, int64_t tile, const Rows& rows, int64_t first, int64_t count,
+                float* out) {
+    const int64_t step = tile_bytes(m);
+    const uint8_t* span = m.data + tile * step;
+    std::memset(out, 0, 4 * T * count * kTile);
+    Scales<T> scales;
+    for (int64_t start = 0; start < rows.columns; start += kSpan) {
+        const int64_t columns = span_columns(m, start);
+        const Parts at = parts(m, columns);
+        for (int t = 0; t < T; t++)
+            decode_scales(m, span + t * step, columns, scales.scale[t], scales.offset[t]);
+        const Task task{m, rows, first, count, start, columns, span + at.codes, step, out};
+        all_rows<G, LIMBS, kRows, T>(task, scales, 0);
+        span += at.end;
     }
 }
 
-// Two tiles at once share the broadcasts of activations.  Where decoding takes longer than those
-// (fp32 sums), or weights are read for a single row (two streams are slower than one), it is one
-// tile after the other.
-template <int BITS, int SCALE>
-void by_count(const Matrix& m, const uint8_t* tile, int64_t tiles, bool fast, const Rows& rows,
-              int64_t first, int64_t count, Out out) {
-    if constexpr (kMost > 2) {
-        if (fast && tiles == 2 && count > 1)
-            return all_rows<BITS, SCALE, kMost / 2, 2>(m, tile, fast, rows, first, count, out, 0);
+// Several tiles at once share the broadcasts of activations.  Where weights are read for few rows it
+// is one tile after the other: several streams are slower than one.
+template <typename G, int LIMBS>
+void all_tiles(const Matrix& m, int64_t tile, int64_t tiles, const Rows& rows, int64_t first,
+               int64_t count, float* out) {
+    while (tiles > 0) {
+        const bool several = kTiles > 1 && tiles >= kTiles && count >= kRows;
+        const int64_t taken = several ? kTiles : 1;
+        if (several) some_tiles<G, LIMBS, kTiles>(m, tile, rows, first, count, out);
+        else some_tiles<G, LIMBS, 1>(m, tile, rows, first, count, out);
+        tile += taken;
+        tiles -= taken;
+        out += taken * count * kTile;
     }
-    for (int64_t t = 0; t < tiles; t++, tile += tile_bytes(m), out.values += count * kTile)
-        all_rows<BITS, SCALE, kMost, 1>(m, tile, fast, rows, first, count, out, 0);
 }
 
-template <int BITS>
-void by_scale(const Matrix& m, const uint8_t* tile, int64_t tiles, bool fast, const Rows& rows,
-              int64_t first, int64_t count, Out out) {
-    switch (m.scale_type) {
-        case kFloat16: return by_count<BITS, kFloat16>(m, tile, tiles, fast, rows, first, count, out);
-        case kBFloat16: return by_count<BITS, kBFloat16>(m, tile, tiles, fast, rows, first, count, out);
-        default: return by_count<BITS, kFloat32>(m, tile, tiles, fast, rows, first, count, out);
-    }
+template <int LIMBS>
+decltype(&all_tiles<Grid<4, false, false, 1>, 1>) chosen(const Matrix& m) {
+    const bool offsets = m.form == kZeroPoints || m.form == kMinima;
+    if (m.form == kLevels)
+        return m.group == 16 ? all_tiles<Grid<4, true, true, 2>, LIMBS>
+                             : all_tiles<Grid<4, true, false, 1>, LIMBS>;
+    if (m.group == 16)
+        return m.bits == 4 ? all_tiles<Grid<4, false, true, 2>, LIMBS>
+                           : all_tiles<Grid<8, false, true, 2>, LIMBS>;
+    if (offsets)
+        return m.bits == 4 ? all_tiles<Grid<4, false, true, 1>, LIMBS>
+                           : all_tiles<Grid<8, false, true, 1>, LIMBS>;
+    return m.bits == 4 ? all_tiles<Grid<4, false, false, 1>, LIMBS>
+                       : all_tiles<Grid<8, false, false, 1>, LIMBS>;
 }
 
 // ---- activations ---------------------------------------------------------------------------------
 
-// 32 numbers to codes -127 .. 127; what is not finite makes the scale, and so the result, NaN.
-ZK_INLINE void quantize_block(const float* x, Block& out) {
+// Each lane gets the number of the one D beside it.
+template <int D>
+ZK_INLINE I swapped(I x) {
+#if defined(__AVX512F__)
+    return __builtin_shufflevector(x, x, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D, 4 ^ D, 5 ^ D, 6 ^ D, 7 ^ D,
+                                   8 ^ D, 9 ^ D, 10 ^ D, 11 ^ D, 12 ^ D, 13 ^ D, 14 ^ D, 15 ^ D);
+#elif defined(__AVX2__)
+    return __builtin_shufflevector(x, x, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D, 4 ^ D, 5 ^ D, 6 ^ D, 7 ^ D);
+#else
+    return __builtin_shufflevector(x, x, 0 ^ D, 1 ^ D, 2 ^ D, 3 ^ D);
+#endif
+}
+
+// x combined over all lanes.
+template <typename Both>
+ZK_INLINE int32_t over_lanes(I x, Both both) {
+    if constexpr (W > 8) x = both(x, swapped<8 % W>(x));
+    if constexpr (W > 4) x = both(x, swapped<4 % W>(x));
+    x = both(x, swapped<2>(x));
+    return both(x, swapped<1>(x))[0];
+}
+
+// 32 numbers as codes -127 .. 127 of one scale, and what that leaves of them as further codes of a
+// smaller one.  What is not finite makes the scales, and so the result, NaN.
+ZK_INLINE void quantize_block(const float* x, int limbs, Block* out) {
     constexpr int kVectors = kBlock / W;
-    V value[kVectors], most{};
-    I finite = I{} - 1;
+    const auto larger = [](I a, I b) { return a > b ? a : b; };
+    const auto sum = [](I a, I b) { return a + b; };
+    V value[kVectors];
+    I most{};  // magnitudes compare as the integers that have their bits; those of NaN exceed all
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; i++) {
         value[i] = load<V>(x + W * i);
-        const V size = from_bits((U)value[i] & 0x7FFFFFFFu);
-        finite &= size <= splat(3.402823466e38f);
-        most = size > most ? size : most;
+        most = larger(most, (I)((U)value[i] & 0x7FFFFFFFu));
     }
-    float largest = 0;
-    bool all_finite = true;
-    for (int lane = 0; lane < W; lane++) {
-        largest = most[lane] > largest ? most[lane] : largest;
-        all_finite &= finite[lane] != 0;
-    }
+    const int32_t bits = over_lanes(most, larger);
+    const bool finite = bits < 0x7F800000;
+    float largest;
+    std::memcpy(&largest, &bits, sizeof largest);
     // Below this 127 / largest overflows; such activations count as zero.
-    const float inverse = all_finite && largest > 0x1p-120f ? 127.0f / largest : 0.0f;
-    I total{};
+    const float inverse = finite && largest > 0x1p-120f ? 127.0f / largest : 0.0f;
+    float scale = finite ? largest / 127.0f : __builtin_nanf("");
 #pragma GCC unroll 8
-    for (int i = 0; i < kVectors; i++) {
-        const V bounded = all_finite ? value[i] : V{};
-        const V rounded = (bounded * inverse + kRoundMagic) - kRoundMagic;
-        const I code = __builtin_convertvector(rounded, I);
-        const B narrow = __builtin_convertvector(code, B);
-        std::memcpy(out.codes + W * i, &narrow, sizeof narrow);
-        total += code;
+    for (int i = 0; i < kVectors; i++) value[i] = finite ? value[i] * inverse : V{};
+    for (int limb = 0; limb < limbs; limb++, scale /= kLimb) {
+        Block& own = out[limb];
+        I total[2] = {};
+#pragma GCC unroll 8
+        for (int i = 0; i < kVectors; i++) {
+            const V rounded = (value[i] + kRoundMagic) - kRoundMagic;
+            const I code = __builtin_convertvector(rounded, I);
+            store_narrow(code, own.codes + W * i);
+            total[2 * i / kVectors] += code;
+            value[i] = (value[i] - rounded) * kLimb;
+        }
+        const int32_t first = over_lanes(total[0], sum), second = over_lanes(total[1], sum);
+        const int32_t sums[3] = {first + second, first, second};
+        own.scale = scale;
+        for (int i = 0; i < 3; i++) {
+            own.start[i] = -8 * sums[i];
+            own.total[i] = scale * static_cast<float>(sums[i]);
+        }
+        own.reserved = 0;
     }
-    int32_t all = 0;
-    for (int lane = 0; lane < W; lane++) all += total[lane];
-    out.scale = all_finite ? largest / 127.0f : __builtin_nanf("");
-    out.start = -8 * all;
-}
-
-// e^x by 2^n e^r, |r| <= ln 2 / 2, and seven terms of the series.
-ZK_INLINE V exponential(V x) {
-    x = x < splat(-87.0f) ? splat(-87.0f) : x;
-    x = x > splat(88.0f) ? splat(88.0f) : x;
-    const V shifted = x * 1.44269504f + kRoundMagic;  // its low bits are round(x / ln 2)
-    const V n = shifted - kRoundMagic;
-    const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    V p = r * (1.0f / 5040) + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    return from_bits((U)p + ((U)shifted << 23));
 }
 
 }  // namespace
 
 void prepare(const float* x, int64_t columns, bool fast, const Rows& rows, int64_t index) {
-    if (!fast) {
-        float* row = rows.values + index * rows.columns;
-        std::memcpy(row, x, 4 * columns);
-        std::memset(row + columns, 0, 4 * (rows.columns - columns));
-        return;
-    }
     const int64_t blocks = rows.columns / kBlock;
+    const int limbs = limbs_of(fast);
     for (int64_t block = 0; block < blocks; block++) {
         const int64_t start = block * kBlock;
         float last[kBlock] = {};
         const bool whole = start + kBlock <= columns;
         if (!whole && start < columns) std::memcpy(last, x + start, 4 * (columns - start));
-        quantize_block(whole ? x + start : last, rows.blocks[index * blocks + block]);
+        quantize_block(whole ? x + start : last, limbs,
+                       rows.blocks + (index * blocks + block) * limbs);
     }
 }
 
-void multiply(const Matrix& matrix, int64_t tile, int64_t tiles, bool fast, const Rows& rows,
+void multiply(const Matrix& m, int64_t tile, int64_t tiles, bool fast, const Rows& rows,
               int64_t first, int64_t count, float* out) {
-    const uint8_t* data = matrix.data + tile * tile_bytes(matrix);
-    const Out target{out, count};
-    if (matrix.bits == 4) by_scale<4>(matrix, data, tiles, fast, rows, first, count, target);
-    else by_scale<8>(matrix, data, tiles, fast, rows, first, count, target);
+    const auto body = fast ? chosen<1>(m) : chosen<kLimbs>(m);
+    body(m, tile, tiles, rows, first, count, out);
 }
 
 void swiglu(float* gate, const float* up, int64_t count) {

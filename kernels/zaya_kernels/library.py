@@ -7,14 +7,16 @@ there, and the table of kernels then chooses another body.
 from __future__ import annotations
 
 import ctypes
+import platform
 from functools import cache
 from pathlib import Path
 
 import zaya_kernels
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _NAMES = ("libzaya_kernels.so", "libzaya_kernels.dylib")
-ISAS = ("base", "avx2", "avx512")
+_ARM = platform.machine().lower() in ("aarch64", "arm64")
+ISAS = ("neon", "dotprod") if _ARM else ("base", "avx2", "avx512")
 
 
 class Matrix(ctypes.Structure):
@@ -27,6 +29,22 @@ class Matrix(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("group", ctypes.c_int32),
         ("scale_type", ctypes.c_int32),
+        ("form", ctypes.c_int32),
+    )
+
+
+class Source(ctypes.Structure):
+    """``zk::Source``, field by field."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("outer_scales", ctypes.c_void_p),
+        ("outer_offsets", ctypes.c_void_p),
+        ("group", ctypes.c_int64),
+        ("outer", ctypes.c_int64),
+        ("bias", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
     )
 
@@ -104,7 +122,8 @@ def _declare(library: ctypes.CDLL) -> None:
     signatures = {
         "zk_best_isa": (i32, []),
         "zk_packed_bytes": (i64, [pointer]),
-        "zk_pack": (None, [pointer, pointer, pointer, i32]),
+        "zk_layout_version": (i32, []),
+        "zk_pack": (None, [pointer, pointer, i32]),
         "zk_unpack_rows": (None, [pointer, pointer, i64, pointer]),
         "zk_read": (ctypes.c_uint64, [pointer, i64, i32]),
         "zk_linear": (i32, [pointer, pointer, i64, pointer, pointer, pointer]),
