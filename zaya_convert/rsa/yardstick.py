@@ -4,8 +4,8 @@ How much divergence a model bears differs between models by orders of magnitude,
 bound it. The yardstick turns the question into one about the model at hand: is the candidate
 nearer to the reference than three bits a weight, rounded without any care, would be?
 
-It rounds what the candidate rounded: to three bits the matrices that it holds with less than 40 dB,
-which is what eight bits reach; to six bits those that it holds better, but not exactly. Where it
+It rounds what the candidate rounded: to three bits the matrices that it holds with less than 32 dB,
+which six bits reach; to five bits (28 dB) those that it holds better, but not exactly. Where it
 holds everything that well, all matrices are rounded to three bits.
 """
 
@@ -25,8 +25,8 @@ from zaya_quant.qtensor import Quantized
 from zaya_quant.spec import QuantSpec
 
 BITS = 3
-FINE_DB = 40.0
-_FINE_BITS = 6
+FINE_DB = 32.0
+_FINE_BITS = 5
 _GROUP = 32  # the finest in common use: the strictest yardstick of these bits
 
 
