@@ -33,6 +33,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 Run = Callable[..., ParityReport]
 
+BOTH_ROUNDS = Settings(candidates=2, tails=2, rounds=1, budget=72, tail=40)
+FIRST_ROUND = replace(BOTH_ROUNDS, rounds=0)  # enough where traces tell
+
 
 @dataclass
 class Instead:
@@ -84,7 +87,7 @@ def model(bundled: Path) -> Checkpoint:
 def plan(bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return Plan(
         read(bundled / "data" / "problems.jsonl", 8),
-        Settings(candidates=2, tails=2, rounds=1, budget=72, tail=40),
+        FIRST_ROUND,
         trace_tokens=3000,
         bounds=Bounds(margin=0.2, min_tokens=500),
         runs=tmp_path_factory.mktemp("runs"),
@@ -139,7 +142,7 @@ def rounded(model: Checkpoint, bits: int) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def itself(run: Run) -> ParityReport:
-    return run("reference")
+    return run("reference", settings=BOTH_ROUNDS)
 
 
 def test_the_reference_against_itself_is_exactly_zero(itself: ParityReport) -> None:
@@ -260,13 +263,13 @@ def test_bounds_take_the_place_of_the_yardstick(run: Run, plan: Plan) -> None:
 
 
 def test_forced_prompts_are_the_same_for_both(run: Run, model: Checkpoint) -> None:
-    found = run("int2", rounded(model, 2), forced=True)
+    found = run("int2", rounded(model, 2), forced=True, settings=BOTH_ROUNDS)
     assert [row.identical_prompts for row in found.rounds] == [1, 1]
     assert found.rounds[1].identical_traces < 1
 
 
 def test_the_report_in_every_form(run: Run, model: Checkpoint) -> None:
-    found = run("int2", rounded(model, 2))
+    found = run("int2", rounded(model, 2), settings=BOTH_ROUNDS)
     facts = report.to_json(found)
     contract = {"rounds", "answer_agreement", "mcnemar_p", "kl_mean", "router_agreement",
                 "first_divergence", "problems", "tokens", "verdict"}  # fmt: skip
