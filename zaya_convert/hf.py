@@ -44,8 +44,9 @@ def load_in_transformers(
 ) -> ZayaForCausalLM:
     """transformers' model of a checkpoint or an artifact, its quantized matrices held packed.
 
-    Matrices on a grid that kernels have none for (ggml's K-quants, groups of 16) are held as
-    floats, of which a warning tells. The model is for inference; it cannot be saved.
+    On a CPU every grid is packed. On a GPU, ggml's blocks but Q4_0, Q5_0 and Q8_0 and groups of 16
+    are held as floats, as are gates and ups of one expert on two grids, and everywhere where there
+    are no native kernels; a warning counts them. The model is for inference; it cannot be saved.
 
     Args:
         model: what every command takes as MODEL: a folder, a GGUF file, a Hub id.

@@ -1,4 +1,4 @@
-"""Grids that kernels compute with, and how others are brought to them without changing a value."""
+"""Grids of the Triton kernels, and how others are brought to them without changing a value."""
 
 from __future__ import annotations
 

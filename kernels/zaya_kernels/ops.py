@@ -12,9 +12,10 @@ A packed matrix is a few plain tensors and a ``Form``, the numbers that say what
     floats   the matrix itself
 
 Experts are stacked in front. Bytes are uint8 so that no ``Module.to(dtype)`` converts them.
-``pack`` and ``pack_experts`` choose the layout that the table's choice for the coming calls reads;
-what kernels have no grid for becomes floats. Each call takes the table's choice for its layout, the
-dtype of the activations and their device. There are no gradients.
+``pack`` and ``pack_experts`` choose the layout that the table's choice for the coming calls reads:
+tiles hold every grid as it is stored, words those of ``grids``, and what is left becomes floats.
+Each call takes the table's choice for its layout, the dtype of the activations and their device.
+There are no gradients.
 """
 
 from __future__ import annotations
@@ -36,15 +37,16 @@ from zaya_kernels.request import FLOATS, TILES, WORDS, Request
 from zaya_kernels.table import ENVIRONMENT, Row, choose
 from zaya_kernels.triton import layout as words
 from zaya_quant.qtensor import SCALE_DTYPES, Quantized
-from zaya_quant.spec import QuantSpec
+from zaya_quant.spec import BLOCK_TYPES, BlockSpec, QuantSpec, Spec
 
 LAYOUTS = (TILES, WORDS, FLOATS)
 _SCALES = tuple(SCALE_DTYPES)
+_BLOCKS = ("", *BLOCK_TYPES)
 _MIXED = "mixed"  # two layouts: for rows that read any
 
 
 class Form(NamedTuple):
-    """What the tensors of a matrix mean; of floats, only the first three numbers count."""
+    """What the tensors of a matrix mean; with floats, only the first three numbers count."""
 
     layout: int  # of LAYOUTS
     rows: int  # of gate and up together
@@ -53,12 +55,13 @@ class Form(NamedTuple):
     group: int = 0
     symmetric: int = 0
     scale: int = 0  # of SCALE_DTYPES
+    block: int = 0  # of _BLOCKS: a ggml block type, whose grid replaces the four above
     fast: int = 0  # activations may be rounded to int8
 
     @property
-    def spec(self) -> QuantSpec | None:
+    def spec(self) -> Spec | None:
         """The grid, None for floats."""
-        return _spec(self.bits, self.group, self.symmetric, self.scale) if self.bits else None
+        return _spec(self.bits, self.group, self.symmetric, self.scale, self.block)
 
     @property
     def held_as(self) -> str:
@@ -94,26 +97,21 @@ def pack(value: Tensor | Quantized, request: Request, op: str = "linear") -> Mat
     Raises:
         ValueError: the environment forces a kernel that cannot run, or a code is out of its range.
     """
-    if isinstance(value, Tensor) or common(value.spec) is None:
-        matrix = value if isinstance(value, Tensor) else value.dequantize(request.dtype)
-        rows, columns = matrix.shape
-        return Matrix(
-            [matrix.to(request.device, request.dtype)], Form(LAYOUTS.index(FLOATS), rows, columns)
-        )
-    value = to_common(value)
-    spec = value.spec
-    row = choose(op, replace(request, spec=spec))
-    held_as = row.layout or WORDS
-    form = Form(
-        LAYOUTS.index(held_as), *value.shape, spec.bits, spec.group_size, int(spec.symmetric),
-        _SCALES.index(spec.scale_dtype), int(request.fast),
-    )  # fmt: skip
+    if isinstance(value, Tensor):
+        return _floats(value, request)
+    near = common(value.spec)
+    row = choose(op, replace(request, spec=near or value.spec))
     if row.pack is not None:
         data = row.pack(value).data
+        form = _form(row.layout, value.shape, value.spec, request.fast)
         return Matrix([F.pad(data, (0, -len(data) % ALIGNMENT))], form)
+    if near is None:
+        return _floats(value.dequantize(request.dtype), request)
+    value = to_common(value)
     value.validate_codes()
     packed = words.pack(value).to(torch.device(request.device))
     parts = (packed.words, packed.scales, packed.zeros)
+    form = _form(WORDS, value.shape, near, request.fast)
     return Matrix([part.view(torch.uint8) for part in parts if part is not None], form)
 
 
@@ -270,8 +268,26 @@ def _chosen(op: str, request: Request, forced: str) -> Row:
 
 
 @lru_cache(1024)
-def _spec(bits: int, group: int, symmetric: int, scale: int) -> QuantSpec:
-    return QuantSpec(bits, group, bool(symmetric), _SCALES[scale])
+def _spec(bits: int, group: int, symmetric: int, scale: int, block: int) -> Spec | None:
+    if block:
+        return BlockSpec(_BLOCKS[block])
+    return QuantSpec(bits, group, bool(symmetric), _SCALES[scale]) if bits else None
+
+
+def _form(held_as: str, shape: tuple[int, int], spec: Spec, fast: bool) -> Form:
+    form = Form(LAYOUTS.index(held_as), *shape, fast=int(fast))
+    if isinstance(spec, BlockSpec):
+        return form._replace(block=_BLOCKS.index(spec.type))
+    return form._replace(
+        bits=spec.bits, group=spec.group_size, symmetric=int(spec.symmetric),
+        scale=_SCALES.index(spec.scale_dtype),
+    )  # fmt: skip
+
+
+def _floats(matrix: Tensor, request: Request) -> Matrix:
+    rows, columns = matrix.shape
+    moved = matrix.to(request.device, request.dtype)
+    return Matrix([moved], Form(LAYOUTS.index(FLOATS), rows, columns))
 
 
 def _open(tensors: Sequence[Tensor], form: Form) -> Weight:
@@ -284,6 +300,7 @@ def _open(tensors: Sequence[Tensor], form: Form) -> Weight:
         if device != "cpu":
             raise ValueError(f"these weights were packed for the CPU; pack them for {device!r}")
         return PackedWeight(shape, spec, bool(form.fast), tensors[0])
+    assert isinstance(spec, QuantSpec)
     codes, scales, *zeros = tensors
     return words.Packed(
         codes.view(torch.int32),

@@ -106,11 +106,8 @@ def logits_of(model: Any, ids: Tensor, **options: Any) -> Tensor:
     return model(ids, **options).logits.float()
 
 
-# a grid of ggml's that no kernel has; one expert whose gate and up are of two grids
-NOT_PACKED = {
-    "gguf-Q4_1": "15 of Q4_1",
-    "compressed-tensors-bits-by-expert": "3 of int4 .* 3 of int8",
-}
+# one expert whose gate and up are of two grids
+NOT_PACKED = {"compressed-tensors-bits-by-expert": "3 of int4 .* 3 of int8"}
 
 
 def load(path: Path, dtype: torch.dtype, **options: Any) -> Any:

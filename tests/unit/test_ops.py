@@ -16,12 +16,12 @@ from zaya_kernels.grids import common, to_common
 from zaya_kernels.reference import Expert
 from zaya_kernels.request import Request
 from zaya_quant.affine import quantize_affine
-from zaya_quant.qtensor import QuantTensor
+from zaya_quant.qtensor import BlockTensor, QuantTensor
 from zaya_quant.spec import BlockSpec, QuantSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# of native kernels; brought to theirs; of the words that every machine reads; of no kernel
+# Words hold the second on another grid, and have none for the last.
 SPECS = (QuantSpec(4, 32), QuantSpec(3, -1), QuantSpec(4, 64, False), QuantSpec(8, 16))
 DTYPES = (torch.float32, torch.bfloat16)
 WIDTH, HIDDEN, EXPERTS = 200, 48, 5
@@ -193,6 +193,33 @@ def test_ids_outside_the_embedding() -> None:
     for wrong in (-1, HIDDEN):
         with pytest.raises(IndexError, match=rf"ids span .*there are {HIDDEN} rows"):
             run("embedding", (torch.tensor([0, wrong]), *others))
+
+
+@pytest.mark.parametrize("op", list(table.OPS))
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label)
+def test_words_where_there_are_no_native_kernels(
+    spec: QuantSpec, op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = run(op, inputs(spec, torch.float32)[op])
+    monkeypatch.setenv(table.ENVIRONMENT, "reference")
+    held_as = "floats" if common(spec) is None else "words"
+    assert ops.pack(matrix(HIDDEN, WIDTH, spec), Request()).form.held_as == held_as
+    arguments = inputs(spec, torch.float32)[op]
+    assert close(run(op, arguments), wanted, torch.float32, WIDTH)
+    opcheck(getattr(torch.ops.zaya, op).default, arguments)
+
+
+def test_blocks_of_ggml(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_codes = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (HIDDEN, 64), generator=draw_codes, dtype=torch.uint8)
+    scales = torch.rand(HIDDEN, 2, generator=draw_codes).half()
+    value = BlockTensor(codes, scales, -scales, None, None, BlockSpec("Q4_1"))
+    x = draw(3, 64)
+    for environment in ("", "reference"):
+        monkeypatch.setenv(table.ENVIRONMENT, environment)
+        packed = ops.pack(value, Request())
+        found = run("linear", (x, packed.tensors, packed.form, None))
+        assert close(found, reference.linear(x, value), torch.float32, 64)
 
 
 needs_library = pytest.mark.skipif(not library.supported_isas(), reason=library.load()[1])

@@ -3,7 +3,7 @@
 ``~/.cache/zaya-convert/packed/KEY.bin`` (``$XDG_CACHE_HOME``, ``$ZAYA_CONVERT_CACHE``): a page that
 names the key, then the bytes of every packed matrix in the order of the model, each aligned. The
 key is over the manifest, the size and time of every weight file, what is packed in which form, and
-the version of the kernels' library; when a file is opened, one matrix of each grid is packed anew
+the version of the kernels' layout; when a file is opened, one matrix of each grid is packed anew
 and compared. Files appear whole or not at all. One process builds, others wait for it.
 
 A file that is in use may be deleted at any time, as may the whole folder. The least recently used
@@ -30,11 +30,9 @@ from torch import Tensor
 from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.errors import UsageError
 from zaya_convert.layout import TensorKey
-from zaya_kernels.grids import to_common
-from zaya_kernels.library import library
-from zaya_kernels.packed import ALIGNMENT, PackedWeight, packed_bytes
+from zaya_kernels.packed import ALIGNMENT, PackedWeight, layout_version, packed_bytes
 from zaya_quant.qtensor import Quantized
-from zaya_quant.spec import QuantSpec
+from zaya_quant.spec import Spec
 
 FOLDER, LIMIT = "ZAYA_CONVERT_CACHE", "ZAYA_CONVERT_CACHE_GB"
 OFF = ("0", "off", "no", "false")
@@ -49,11 +47,11 @@ Pack = Callable[[Quantized], PackedWeight]
 
 @dataclass(frozen=True)
 class Wanted:
-    """A matrix to be packed: what it is, on which grid it is packed, and by what."""
+    """A matrix to be packed: what it is, and what packs it."""
 
     key: TensorKey
     shape: tuple[int, int]
-    spec: QuantSpec
+    spec: Spec
     pack: Pack
 
 
@@ -127,7 +125,7 @@ def clear() -> int:
 def _key(checkpoint: Checkpoint, entries: Sequence[Wanted]) -> str:
     manifest = json.dumps(checkpoint.manifest, sort_keys=True, default=str)
     facts = {
-        "version": library().zk_abi_version(),
+        "version": layout_version(),
         "manifest": hashlib.sha256(manifest.encode()).hexdigest(),
         "files": checkpoint.stamp(),
         "matrices": [[str(e.key), list(e.shape), asdict(e.spec)] for e in entries],
@@ -175,7 +173,7 @@ def _build(
 def _packed(checkpoint: Checkpoint, entry: Wanted) -> PackedWeight:
     value = checkpoint.read(entry.key)
     assert not isinstance(value, Tensor)
-    return entry.pack(to_common(value))
+    return entry.pack(value)
 
 
 def _over(

@@ -19,12 +19,11 @@ from zaya_convert.errors import InputError
 from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_convert.runtime import packed_cache
 from zaya_convert.runtime.inputs import check_ids
-from zaya_kernels.grids import common, to_common
 from zaya_kernels.packed import PackedWeight
 from zaya_kernels.reference import Expert
 from zaya_kernels.table import Request, choose
 from zaya_quant.qtensor import Quantized
-from zaya_quant.spec import QuantSpec
+from zaya_quant.spec import Spec
 
 Parts = Mapping[str, Tensor]
 Held = Tensor | Quantized | PackedWeight
@@ -63,7 +62,7 @@ class Weights:
         self._layers: dict[int, Parts] = {}
         self._experts: dict[tuple[int, int], Expert] = {}
         self._matrices: dict[str, Held] = {}
-        self._packs: dict[tuple[str, QuantSpec], packed_cache.Pack | None] = {}
+        self._packs: dict[tuple[str, Spec], packed_cache.Pack | None] = {}
         self._mapped = self._map() if self.packing else {}
         self._vectors = {
             key.part: self._read_float(key)
@@ -165,15 +164,15 @@ class Weights:
         assert self.packing is not None
         wanted: list[packed_cache.Wanted] = []
         for key, info in self.checkpoint.infos.items():
-            spec = common(info.spec)
-            pack = self._pack(key, spec)
-            if spec is not None and pack is not None and key not in self.checkpoint.scaling:
+            pack = self._pack(key)
+            if info.spec is not None and pack is not None and key not in self.checkpoint.scaling:
                 rows, columns = info.shape
-                wanted.append(packed_cache.Wanted(key, (rows, columns), spec, pack))
+                wanted.append(packed_cache.Wanted(key, (rows, columns), info.spec, pack))
         return packed_cache.mapped(self.checkpoint, wanted, self.packing.fast)
 
-    def _pack(self, key: TensorKey, spec: QuantSpec | None) -> packed_cache.Pack | None:
-        """How a matrix on this grid is packed, None when it is not."""
+    def _pack(self, key: TensorKey) -> packed_cache.Pack | None:
+        """How a matrix is packed, None when it is not."""
+        spec = self.checkpoint.infos[key].spec
         if self.packing is None or spec is None:
             return None
         op = "linear" if key.expert < 0 else "moe_ffn"
@@ -184,11 +183,11 @@ class Weights:
     def _read(self, key: TensorKey) -> Tensor | PackedWeight:
         if key in self._mapped:
             return self._mapped[key]
-        pack = self._pack(key, common(self.checkpoint.infos[key].spec))
+        pack = self._pack(key)
         if pack is None:
             return self._read_float(key)
         value = self.checkpoint.read(key)
-        return self._as_float(value) if isinstance(value, Tensor) else pack(to_common(value))
+        return self._as_float(value) if isinstance(value, Tensor) else pack(value)
 
     def _read_float(self, key: TensorKey) -> Tensor:
         if key.part in _ALWAYS_FP32:
