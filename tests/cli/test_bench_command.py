@@ -74,13 +74,32 @@ def test_decode(zaya: Zaya, artifact: Path, tmp_path: Path) -> None:
     assert run.code == 0, run.err
     found = run.json()["decode"]
     assert found["tokens"] == 4
-    assert found["decode_fastest"] >= found["decode"] > 0
+    assert found["decode_best"] >= found["decode"] > 0
     assert found["prefill"] > 0
+    assert set(found["batches"]) == {"4", "16"}
+    assert (found["by_blocks"] is None) == (found["step"] != "native")
+    assert found["resident_bytes"] <= found["peak_bytes"]
     assert 0 <= found["skipped"] < 1
     assert found["bytes_per_token"] < open_model(str(artifact)).bytes
     assert "tokens/s" in page.read_text()
     text = zaya("bench", "--decode", artifact, "--tokens", 2, "--prompt-tokens", 3)
     assert "MB a token" in text.out
+
+
+def test_llama_bench_as_a_peer(zaya: Zaya, artifact: Path, tmp_path: Path) -> None:
+    program = tmp_path / "build" / "llama-bench"
+    program.parent.mkdir()
+    arguments = ("bench", "--decode", artifact, "--tokens", 2, "--prompt-tokens", 3, "--rounds", 1)
+    rows = [{"n_gen": 0, "avg_ts": 11.0}, {"n_gen": 2, "avg_ts": 7.5}]
+    program.write_text(f"#!/bin/sh\necho '{json.dumps(rows)}'\n")
+    program.chmod(0o755)
+    run = zaya(*arguments, "--llama", tmp_path)
+    assert "decode 7.5, prefill 11 tokens/s" in run.out
+    program.write_text("#!/bin/sh\necho unknown architecture >&2; exit 1\n")
+    run = zaya(*arguments, "--llama", tmp_path)
+    refused(run, 3, "llama-bench cannot run it: unknown architecture")
+    program.unlink()
+    refused(zaya(*arguments, "--llama", tmp_path), 3, "has no llama-bench")
 
 
 def test_bytes_of_a_token(artifact: Path) -> None:
@@ -115,7 +134,8 @@ def refused(run: Run, code: int, message: str) -> None:
 def test_what_is_refused(zaya: Zaya, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(zaya("bench"), 2, "give --kernels, --decode, --convert or --gpu")
     refused(zaya("bench", "--kernels", "--plot", "a.png"), 2, "draws .svg and .html, not a.png")
-    refused(zaya("bench", "--decode", "x", "--llama", tmp_path), 2, "--llama is a peer")
+    run = zaya("bench", "--convert", "x", "--llama", tmp_path)
+    refused(run, 2, "--llama is a peer of --kernels or of --decode")
     refused(zaya("bench", "--kernels", "--gpu"), 2, "--gpu is measured alone")
     refused(zaya("bench", "--kernels", "-o", "a.json"), 2, "-o is where --gpu writes")
     refused(zaya("bench", "--decode", tmp_path / "nothing"), 3, "no such folder")

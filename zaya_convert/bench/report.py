@@ -58,9 +58,14 @@ def case_text(measured: Measured) -> str:
 
 def decode_text(found: Decoded) -> str:
     """Decoding as lines."""
+    blocks = "" if found.by_blocks is None else f"; {found.by_blocks:.1f} by torch's operations"
     rows = [
-        ("decode", f"{found.decode:.1f} tokens/s (10 % of the steps: {found.decode_fastest:.1f} "
-         f"and more), {found.tokens} steps after {found.prompt} tokens"),
+        ("loading", f"{found.loading:.1f} s to the first token, {found.resident_bytes / 1e6:,.0f} "
+         f"MB in memory then, {found.peak_bytes / 1e6:,.0f} MB at most"),
+        ("decode", f"{found.decode:.1f} tokens/s (fastest tenth of the steps "
+         f"{found.decode_best:.1f}){blocks}"),
+        *(("", f"{rate:.1f} tokens/s together, {size} sequences")
+          for size, rate in found.batches.items()),
         ("prefill", f"{found.prefill:.0f} tokens/s, {found.prompt} tokens"),
         ("weights", f"{found.bytes_per_token / 1e6:,.1f} MB a token, {found.gigabytes:.1f} GB/s; "
          f"{found.skipped:.1%} of the layers skipped"),
@@ -69,6 +74,8 @@ def decode_text(found: Decoded) -> str:
          f"{found.share:.0%} of a pure read of as many bytes "
          f"({found.bytes_per_token / found.read_seconds / 1e9:.1f} GB/s)"),
         ("step", found.step),
+        *([("llama.cpp", f"decode {found.llama_decode:.1f}, prefill {found.llama_prefill:.0f} "
+            "tokens/s")] if found.llama_decode is not None else []),
     ]  # fmt: skip
     return _listed(f"{found.name}, {found.dtype}, {found.threads} threads", rows)
 
@@ -96,6 +103,9 @@ def panels(
         if decoded.read_seconds:
             speed = decoded.bytes_per_token / decoded.read_seconds / 1e9
             bars.append(Bar("read of as many bytes", speed, CEILING, f"{speed:.1f} GB/s"))
+        if decoded.llama_decode is not None:  # of the same file, and so of as many bytes
+            speed = decoded.bytes_per_token * decoded.llama_decode / 1e9
+            bars.append(Bar("llama.cpp", speed, PEER, f"{decoded.llama_decode:.1f} tokens/s"))
         made.append(Panel(f"{decoded.name}: weights read while decoding", bars))
     if converted is not None:
         bars = [

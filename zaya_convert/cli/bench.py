@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     "--llama",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="With --kernels: llama.cpp's libraries (libggml-cpu.so) as a peer.",
+    help="llama.cpp as a peer: of --kernels its libraries (libggml-cpu.so), of --decode, with a "
+    "GGUF file that it can run, llama-bench.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Default: one per core.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--tokens", type=click.IntRange(1), default=32, show_default=True, help="To decode.")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--small", is_flag=True, help="Sizes that fit caches: to try, not to compare.")
@@ -70,8 +71,8 @@ def command(
         raise UsageError("nothing to measure: give --kernels, --decode, --convert or --gpu")
     if plot is not None and plot.suffix not in (".svg", ".html"):
         raise UsageError(f"--plot draws .svg and .html, not {plot.name}")
-    if llama is not None and not kernels:
-        raise UsageError("--llama is a peer of --kernels")
+    if llama is not None and bool(kernels) == bool(decoded):
+        raise UsageError("--llama is a peer of --kernels or of --decode, one at a time")
     if gpu:
         if kernels or decoded or converted:
             raise UsageError("--gpu is measured alone")
@@ -94,11 +95,12 @@ def command(
         cases = _kernels(small, own, rounds, llama, out, texts)
         facts["kernels"] = [asdict(measured) for measured in cases]
     if decoded:
-        from zaya_convert.bench.decode import measure_decode
+        from zaya_convert.bench.decode import Plan, measure_decode
         from zaya_convert.models import open_model
 
         out.note(f"decoding {tokens} tokens after {prompt_tokens}")
-        speed = measure_decode(open_model(decoded), tokens, prompt_tokens, threads=own)
+        plan = Plan(tokens, prompt_tokens, rounds, threads=own, llama=None if kernels else llama)
+        speed = measure_decode(open_model(decoded), plan)
         facts["decode"] = asdict(speed)
         texts.append(report.decode_text(speed))
     if converted:
