@@ -18,6 +18,7 @@ from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_convert.models import open_model
 from zaya_convert.plan import make_plan
 from zaya_convert.rsa import forced, report, yardstick
+from zaya_convert.rsa.generator import Answer
 from zaya_convert.rsa.local import LocalGenerator
 from zaya_convert.rsa.parity import Plan, parity
 from zaya_convert.rsa.problems import read
@@ -297,3 +298,41 @@ def test_cached_and_whole_readings_agree(model: Checkpoint) -> None:
         assert float(reading.kl.max()) == 0
         assert torch.equal(reading.routes, own.routes)
         assert torch.equal(reading.weights, own.weights)
+
+
+class Server:
+    """What a server is to the test: answers, and log-probabilities, and nothing of the model."""
+
+    name = "server"
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._local = LocalGenerator(Arithmetic().model(checkpoint), Tokenizer.of(checkpoint))
+
+    def generate(self, *arguments: Any, **options: Any) -> list[Answer]:
+        return self._local.generate(*arguments, **options)
+
+
+def served(run_plan: Plan, model: Checkpoint, weights: Checkpoint, told: bool) -> ParityReport:
+    def load() -> LocalGenerator:
+        return LocalGenerator(Arithmetic().model(model), Tokenizer.of(model))
+
+    reference = Side("reference", load, model, identity={"digest": "reference"})
+    there = Side("server", lambda: Server(weights), weights if told else None)
+    return parity(reference, there, replace(run_plan, runs=None))
+
+
+def test_a_server_is_judged_by_its_log_probabilities(plan: Plan, model: Checkpoint) -> None:
+    coarse = rounded(model, 2)
+    found = served(plan, model, coarse, told=True)
+    assert "KL divergence of sampled tokens, mean" in failed(found)
+    assert found.candidate_figures is None
+    assert found.sampled is not None
+    assert found.sampled_engine is not None
+    # it is our own runtime that serves: all of the divergence is the weights'
+    assert found.sampled_engine.kl.value < 1e-9 < found.sampled.kl.value
+    assert "same weights" not in failed(found)
+    alike = served(plan, model, model, told=False)
+    assert alike.verdict == "pass", failed(alike)
+    assert alike.sampled is not None
+    assert alike.sampled.kl.value < 1e-9
+    assert alike.weights is None

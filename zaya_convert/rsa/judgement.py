@@ -50,6 +50,9 @@ def _divergence(report: ParityReport, bounds: Bounds) -> Iterator[Check]:
     if report.sampled is not None and measure is not None:
         limit = measure.kl_mean if bounds.max_kl is None else bounds.max_kl
         yield at_most("KL divergence of sampled tokens, mean", report.sampled.kl, limit)
+        if report.sampled_engine is not None:
+            name = "the same against our runtime on the same weights"
+            yield at_most(name, report.sampled_engine.kl, limit)
     if found is None or excess is None:
         return
     if bounds.max_kl is not None:

@@ -96,11 +96,12 @@ def parity(
     coarse = yardstick.rounded(source, grids)
     measure = test.whole(reference.arithmetic.model(coarse, resident=False), "yardstick")
     runs = Runs(plan.problems, ours, theirs)
+    local = isinstance(generator, LocalGenerator)
     report = ParityReport(
         reference=reference.name,
         candidate=candidate.name,
         engine=generator.name,
-        arithmetic=str(candidate.arithmetic) if candidate.checkpoint else "of the server",
+        arithmetic=str(candidate.arithmetic) if local else "arithmetic of the server",
         problems=len(plan.problems),
         problems_digest=digest_of(plan.problems),
         settings=plan.settings,
@@ -125,8 +126,11 @@ def parity(
             engine_figures=engine,
         )
     else:
-        found = sampled.figures(judge, cutter.tokenizer, plan.problems, plan.settings, theirs)
-        report = replace(report, sampled=found)
+        told = (cutter.tokenizer, plan.problems, plan.settings, theirs)
+        report = replace(report, sampled=sampled.figures(judge, *told))
+        if candidate.checkpoint is not None:
+            weights = Arithmetic().model(candidate.checkpoint, resident=False)
+            report = replace(report, sampled_engine=sampled.figures(weights, *told))
     report.checks.extend(judgement.checks(report, plan.bounds))
     report.findings.extend(judgement.findings(report, plan.bounds))
     return report

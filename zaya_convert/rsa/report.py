@@ -92,9 +92,12 @@ def figures(report: ParityReport) -> list[tuple[str, str]]:
              f"explains {engine.noise_p99:.3g} (p99)")
         )  # fmt: skip
     if report.sampled is not None:
+        same = report.sampled_engine
         rows.append(
-            ("KL from log-probabilities", f"{report.sampled.kl.value:.3g} nats over "
-             f"{report.sampled.tokens:,} sampled tokens")
+            ("KL of sampled tokens", f"{report.sampled.kl.value:.3g} over "
+             f"{report.sampled.tokens:,} tokens"
+             + ("" if same is None else f"; {same.kl.value:.3g} against our runtime on the same "
+                "weights"))
         )  # fmt: skip
     return rows
 

@@ -37,7 +37,8 @@ class ParityReport:
         yardstick_matrices: how many the yardstick rounds to how many bits.
         candidate_figures, yardstick_figures, excess, engine_figures, weights: None where the
             candidate is a server.
-        sampled: from a server's log-probabilities, where it tells them.
+        sampled: beside the reference, from a server's log-probabilities, where it tells them.
+        sampled_engine: the same beside our runtime on the candidate's weights, if they are known.
         findings: what the figures point at, in words.
     """
 
@@ -63,6 +64,7 @@ class ParityReport:
     engine_figures: EngineFigures | None = None
     weights: WeightFigures | None = None
     sampled: SampledFigures | None = None
+    sampled_engine: SampledFigures | None = None
     checks: list[Check] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
 

@@ -1,8 +1,9 @@
 """What a server's own log-probabilities say, where it tells them.
 
-A server does not read traces for us. But each token it samples from its distribution q, told with
-log q, is an unbiased sample of log q - log p, whose mean is KL(candidate ‖ reference): the
-divergence the other way round, on the candidate's own traces.
+A server does not read traces for us. But it samples each token from its distribution q and tells
+log q. With p the reference's probability of that token and r = p / q, the mean of r - 1 - log r is
+KL(candidate ‖ reference): E[r] is 1, and E[-log r] the divergence. No term is negative, so a few
+thousand tokens suffice. It is the divergence the other way round, on the candidate's own traces.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _HEAD_ROWS = 256
 
 @dataclass(frozen=True)
 class SampledFigures:
-    """KL(candidate ‖ reference) in nats, estimated from so many sampled tokens."""
+    """KL in nats, estimated from so many sampled tokens."""
 
     kl: Interval
     tokens: int
@@ -79,7 +80,8 @@ def figures(
         ids, hidden, prompts, told, owners, strict=True
     ):
         ours = _logprobs(reference, rows[prompt - 1 : -1], sequence[prompt:])
-        sums[owner] += float((torch.tensor(theirs, dtype=torch.float64) - ours).sum())
+        log_r = ours - torch.tensor(theirs, dtype=torch.float64)
+        sums[owner] += float((log_r.expm1() - log_r).sum())
         counts[owner] += len(theirs)
     there = counts > 0
     return SampledFigures(statistics.mean(sums[there], counts[there]), int(counts.sum()))
