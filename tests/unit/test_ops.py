@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,3 +291,10 @@ def test_what_has_no_common_grid() -> None:
         assert common(spec) is None
     with pytest.raises(ValueError, match="no grid for int4 group 16"):
         to_common(matrix(2, 32, QuantSpec(4, 16)))
+
+
+def test_the_documented_example(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "kernels.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(code, {})
+    assert "torch.Size([3, 4096]) torch.Size([2, 2048])" in capsys.readouterr().out
