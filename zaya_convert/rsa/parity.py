@@ -12,9 +12,11 @@ still the reference's model.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -84,8 +86,9 @@ def parity(
     source = reference.checkpoint
     assert source is not None
     cutter = TailCutter(Tokenizer.of(source))
-    ours, _ = _runs(reference, plan, cutter, None, progress)
-    theirs, generator = _runs(candidate, plan, cutter, ours if plan.forced else None, progress)
+    ours, _ = _runs(reference, plan, cutter, progress)
+    leader = (reference, ours) if plan.forced else None
+    theirs, generator = _runs(candidate, plan, cutter, progress, leader)
     traces = select(cutter.tokenizer, plan, ours)
     judge = Arithmetic(reference.arithmetic.dtype).model(source, resident=False)
     skip = source.config.experts
@@ -172,19 +175,24 @@ def _runs(
     side: Side,
     plan: Plan,
     cutter: TailCutter,
-    forced_by: Sequence[Sequence[Round]] | None,
     progress: Progress,
+    leader: tuple[Side, Sequence[Sequence[Round]]] | None = None,
 ) -> tuple[list[list[Round]], Generator]:
-    """All rounds for every seed, and what made them."""
+    """All rounds for every seed, and what made them.
+
+    Args:
+        leader: whose rounds the prompts come from, instead of the side's own.
+    """
     generator = side.open()
     found: list[list[Round]] = []
+    reference, forced_by = leader or (None, None)
     for i, seed in enumerate(plan.seeds):
         own = None if forced_by is None else forced_by[i]
         with ExitStack() as stack:
             done: list[Round] = []
             keep: Callable[[Round], None] = lambda made: None  # noqa: E731
             if plan.runs is not None:
-                file = stack.enter_context(_file(side, plan, seed, forced_by is not None))
+                file = stack.enter_context(_file(side, plan, seed, reference))
                 done, keep = list(file.rounds), file.append
             found.append(
                 run(
@@ -195,13 +203,17 @@ def _runs(
     return found, generator
 
 
-def _file(side: Side, plan: Plan, seed: int, was_forced: bool) -> Any:
+def _file(
+    side: Side, plan: Plan, seed: int, reference: Side | None
+) -> AbstractContextManager[records.RunFile]:
+    """The file of one run, named after all that determines it."""
     assert plan.runs is not None
-    settings = plan.settings.to_dict() | {"forced": was_forced}
+    forced_by = None if reference is None else reference.identity
+    settings = plan.settings.to_dict() | {"forced_by": forced_by}
     problems = digest_of(plan.problems)
     head = records.header(settings, seed=seed, problems=problems, model=side.identity)
-    name = f"{side.identity['digest'][:16]}-{'forced-' * was_forced}seed{seed}.jsonl"
-    return records.open_run(plan.runs / name, head, resume=True)
+    name = hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()[:16]
+    return records.open_run(plan.runs / f"seed{seed}-{name}.jsonl", head, resume=True)
 
 
 def _counter(side: Side, plan: Plan, seed: int, progress: Progress) -> Callable[[int, int], None]:
