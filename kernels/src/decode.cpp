@@ -157,7 +157,7 @@ private:
         return input(matrices, count, values, stride, batch_);
     }
 
-    // One or two tiles by rows [first, first + count): out [tiles, count, 16].
+    // Some tiles by rows [first, first + count): out [tiles, count, 16].
     void multiply(const Matrix& m, int64_t tile, int64_t tiles, const Input& in, int64_t first,
                   int64_t count, float* out) const {
         if (packed(m)) kernels_.multiply(m, tile, tiles, fast_, in.rows, first, count, out);
@@ -169,14 +169,14 @@ private:
     template <typename Emit>
     void some_tiles(const Matrix& m, const float* bias, int64_t begin, int64_t end, const Input& in,
                     int64_t from, int64_t to, Emit emit) const {
-        alignas(64) float part[2 * kRows * kTile];
-        for (int64_t tile = begin; tile < end; tile += 2) {
-            const int64_t pair = std::min<int64_t>(2, end - tile);
+        alignas(kLine) float part[kTogether * kRows * kTile];
+        for (int64_t tile = begin; tile < end; tile += kTogether) {
+            const int64_t taken = std::min<int64_t>(kTogether, end - tile);
             for (int64_t start = from; start < to; start += kRows) {
                 const int64_t count = std::min(kRows, to - start);
-                multiply(m, tile, pair, in, start, count, part);
+                multiply(m, tile, taken, in, start, count, part);
                 float* own = part;
-                for (int64_t t = tile; t < tile + pair; t++) {
+                for (int64_t t = tile; t < tile + taken; t++) {
                     const int64_t first = t * kTile;
                     const int64_t lanes = std::min<int64_t>(kTile, m.rows - first);
                     for (int64_t i = 0; i < count; i++, own += kTile) {
@@ -448,25 +448,25 @@ private:
 
     // silu(gate x) * up x of a share's rows, for some tiles, to `inner`.
     void gate_up(const Share& share, int64_t begin, int64_t end, const Input& in, int64_t width) {
-        alignas(64) float gate[2 * kRows * kTile], up[2 * kRows * kTile];
-        static_assert(kTiles * kFewRows <= 2 * kRows, "gate holds either");
-        const int64_t group = share.end - share.begin <= kFewRows ? kTiles : 2;
+        alignas(kLine) float gate[kTogether * kRows * kTile], up[kTogether * kRows * kTile];
+        static_assert(kTiles * kFewRows <= kTogether * kRows, "gate holds either");
+        const int64_t group = share.end - share.begin <= kFewRows ? kTiles : kTogether;
         for (; begin < end; begin += group) {
             const int64_t stop = std::min(begin + group, end);
             for (int64_t start = share.begin; start < share.end; start += kRows) {
                 const int64_t count = std::min(kRows, share.end - start);
-                const auto pairs = [&](const Matrix& m, auto body) {
-                    for (int64_t tile = begin; tile < stop; tile += 2)
-                        body(m, tile, std::min<int64_t>(2, stop - tile),
+                const auto handfuls = [&](const Matrix& m, auto body) {
+                    for (int64_t tile = begin; tile < stop; tile += kTogether)
+                        body(m, tile, std::min<int64_t>(kTogether, stop - tile),
                              gate + (tile - begin) * count * kTile);
                 };
-                pairs(share.expert->gate, [&](const Matrix& m, int64_t tile, int64_t pair, float* own) {
-                    multiply(m, tile, pair, in, start, count, own);
+                handfuls(share.expert->gate, [&](const Matrix& m, int64_t tile, int64_t taken, float* own) {
+                    multiply(m, tile, taken, in, start, count, own);
                 });
-                pairs(share.expert->up, [&](const Matrix& m, int64_t tile, int64_t pair, float* own) {
-                    multiply(m, tile, pair, in, start, count, up);
-                    kernels_.swiglu(own, up, pair * count);
-                    for (int64_t t = tile; t < tile + pair; t++)
+                handfuls(share.expert->up, [&](const Matrix& m, int64_t tile, int64_t taken, float* own) {
+                    multiply(m, tile, taken, in, start, count, up);
+                    kernels_.swiglu(own, up, taken * count);
+                    for (int64_t t = tile; t < tile + taken; t++)
                         for (int64_t i = start; i < start + count; i++, own += kTile)
                             std::memcpy(room_.inner + i * width + t * kTile, own, 4 * kTile);
                 });

@@ -93,7 +93,7 @@ constexpr int64_t kStretch = 256;
 // What decode_kernel.cpp defines.
 //   rms_norm: weight * x / sqrt(mean(x^2) + eps) of n numbers.
 //   dense: what `multiply` of isa.h is for packed matrices: rows [first, first + count) of x, `stride`
-//     apart, by one or two tiles of 16 rows: out [tiles, count, 16].
+//     apart, by some tiles of 16 rows: out [tiles, count, 16].
 //   make_head: the query (group < heads) or key [head_dim] of one head of a sequence, ready for
 //     attention.  raw [c]: this token's column; columns: the state, advanced; angles: cosines and
 //     sines [2, rotary_dim / 2]; room [head_dim * taps1].
