@@ -19,7 +19,7 @@ from zaya_convert.bench import ggml, peers
 from zaya_convert.bench.measure import CEILING, PEER, Call, Case, Contender
 from zaya_kernels import native, table
 from zaya_kernels.library import library
-from zaya_kernels.packed import PackedWeight
+from zaya_kernels.packed import PackedWeight, pack
 from zaya_kernels.reference import Expert
 from zaya_kernels.request import Request
 from zaya_quant.qtensor import QuantTensor
@@ -86,27 +86,19 @@ def read(weights: Sequence[PackedWeight], threads: int) -> Call:
 
 def experts_decode(spec: QuantSpec, sizes: Sizes, threads: int) -> Case:
     """One token by one expert after another."""
-    three = [random_weight(sizes.width, sizes.width, spec) for _ in range(3)]
-    bodies = _bodies("moe_ffn", spec)
-    first = [bodies[0].pack(matrix) for matrix in three if bodies[0].pack]
+    first = packed_experts(spec, sizes.width, 1)[0]
     each = sum(matrix.nbytes for matrix in first)
     count = max(2, -(-sizes.rotated_bytes // each))
-    banks = {
-        row.name: [Expert(*(row.pack(matrix) for matrix in three if row.pack))
-                   for _ in range(count)]
-        for row in bodies
-    }  # fmt: skip
+    bank = packed_experts(spec, sizes.width, count)
     x, share = torch.randn(1, sizes.width), torch.ones(1)
     ids = [torch.tensor([index]) for index in range(count)]
     contenders = [
-        Contender(row.name, [
-            lambda i=i, row=row: row.body(x, i, share, banks[row.name].__getitem__) for i in ids
-        ])
-        for row in bodies
-    ]  # fmt: skip
-    reads = [read([m for m in three if isinstance(m, PackedWeight)], threads)
-             for three in banks[bodies[0].name]]  # fmt: skip
-    contenders.append(Contender("read of the same bytes", reads, CEILING))
+        Contender(row.name, [partial(row.body, x, i, share, experts.__getitem__) for i in ids])
+        for row, experts in _experts_of(bank, spec)
+    ]
+    contenders.append(
+        Contender("read of the same bytes", [read(three, threads) for three in bank], CEILING)
+    )
     notes = []
     if peers.has_onnxruntime():
         call_of = peers.qmoe(spec.bits, spec.group_size, count, sizes.width, x, threads)
@@ -115,6 +107,27 @@ def experts_decode(spec: QuantSpec, sizes: Sizes, threads: int) -> Case:
         notes.append("onnxruntime QMoE: not installed (extra: onnx)")
     name = f"expert FFN, 1 token, {_label(spec)}, {count} experts of {sizes.width} in turn"
     return Case(name, each, 2 * 3 * sizes.width**2, contenders, notes)
+
+
+def packed_experts(spec: QuantSpec, width: int, count: int) -> list[list[PackedWeight]]:
+    """Gate, up and down of some experts: the same codes, each in memory of its own."""
+    one = pack(random_weight(width, width, spec))
+    return [
+        [PackedWeight(one.shape, spec, False, one.data.clone()) for _ in range(3)]
+        for _ in range(count)
+    ]
+
+
+def _experts_of(
+    bank: Sequence[Sequence[PackedWeight]], spec: QuantSpec
+) -> Iterator[tuple[table.Row, list[Expert]]]:
+    """Our rows with the experts as each takes them, over the same bytes."""
+    for row in _bodies("moe_ffn", spec):
+        yield row, [Expert(*(_over(matrix, row.name) for matrix in three)) for three in bank]
+
+
+def _over(matrix: PackedWeight, name: str) -> PackedWeight:
+    return PackedWeight(matrix.shape, matrix.spec, name == "native_fast", matrix.data)
 
 
 def head_decode(
@@ -136,19 +149,12 @@ def experts_prefill(
     """Many tokens, each by one of some experts."""
     x = torch.randn(sizes.tokens, sizes.width)
     ids, shares = torch.randint(sizes.experts, (sizes.tokens,)), torch.ones(sizes.tokens)
-    stored = [
-        [random_weight(sizes.width, sizes.width, spec) for _ in range(3)]
-        for _ in range(sizes.experts)
+    bank = packed_experts(spec, sizes.width, sizes.experts)
+    total = sum(matrix.nbytes for three in bank for matrix in three)
+    contenders = [
+        Contender(row.name, [partial(row.body, x, ids, shares, experts.__getitem__)])
+        for row, experts in _experts_of(bank, spec)
     ]
-    contenders, total = [], 0
-    for row in _bodies("moe_ffn", spec):
-        bank = [Expert(*(row.pack(m) for m in three if row.pack)) for three in stored]
-        total = sum(m.nbytes for three in bank for m in three if isinstance(m, PackedWeight))
-        contenders.append(
-            Contender(row.name, [
-                lambda row=row, bank=bank: row.body(x, ids, shares, bank.__getitem__)
-            ])
-        )  # fmt: skip
     notes = []
     if peers.has_onnxruntime():
         call_of = peers.qmoe(spec.bits, spec.group_size, sizes.experts, sizes.width, x, threads)
@@ -199,13 +205,11 @@ def _bodies(op: str, spec: QuantSpec) -> list[table.Row]:
 
 
 def _linears(spec: QuantSpec, rows: int, x: Tensor) -> tuple[list[Contender], PackedWeight]:
-    stored = random_weight(rows, x.shape[1], spec)
-    made, packed = [], None
-    for row in _bodies("linear", spec):
-        assert row.pack is not None
-        packed = row.pack(stored)
-        made.append(Contender(row.name, [lambda own=packed: native.linear(x, own)]))
-    assert packed is not None
+    packed = pack(random_weight(rows, x.shape[1], spec))
+    made = [
+        Contender(row.name, [partial(native.linear, x, _over(packed, row.name))])
+        for row in _bodies("linear", spec)
+    ]
     return made, packed
 
 
