@@ -17,7 +17,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt CMakeLists.txt $(wildcard quant/C
 
 demo: setup
 	$(BIN)/zaya-convert quantize --bits 4 -o out/zaya1-tiny-int4 --overwrite
-	$(BIN)/zaya-convert validate out/zaya1-tiny-int4 --max-kl 0.001 --min-top1 0.99
+	$(BIN)/zaya-convert validate out/zaya1-tiny-int4 --max-kl 0.001 --min-top1 0.99 --rsa
 
 check: setup
 	$(BIN)/ruff check .

@@ -128,6 +128,8 @@ def carry_out(plan: Plan, output: Path, model: str | None, options: Writing, out
         )
     reference = [] if model is None else ["--reference", model]
     proof = ["zaya-convert", "validate", str(result.output), *reference]
+    if plan.source.has_tokenizer:  # it can be asked to reason
+        proof.append("--rsa")
     out.note(f"prove it: {shlex.join(proof)}")
 
 
