@@ -23,7 +23,7 @@ from zaya_convert.errors import UsageError
 from zaya_convert.models import open_model
 from zaya_convert.plan import make_plan
 from zaya_convert.recipe import Recipe, Rule
-from zaya_convert.runtime import packed_cache
+from zaya_convert.runtime import packed_cache, weights
 from zaya_convert.runtime.model import Model
 from zaya_kernels import library, table
 from zaya_quant.qtensor import Quantized
@@ -163,7 +163,7 @@ def test_a_damaged_file_is_made_anew(
 SCRIPT = """
 import sys, torch
 from zaya_convert.models import open_model
-from zaya_convert.runtime import packed_cache
+from zaya_convert.runtime import packed_cache, weights
 from zaya_convert.runtime.model import Model
 packed_cache.SMALLEST = 1
 build = packed_cache._build
@@ -256,6 +256,24 @@ def test_small_models_and_exact_ones_are_not_kept(
     monkeypatch.setenv(packed_cache.FOLDER, str(place.parent))
     Model(artifact, torch.bfloat16, fast=True)
     assert not place.exists()
+
+
+def test_large_float_matrices_are_mapped(nano: Nano, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_model(str(nano("hybrid")))
+    model = Model(checkpoint, torch.bfloat16, fast=True)
+    wanted = model.forward(IDS).logits
+    monkeypatch.setattr(weights, "_MAPPED_BYTES", 1024)
+    mapping = Model(checkpoint, torch.bfloat16, fast=True)
+    assert torch.equal(mapping.forward(IDS).logits, wanted)
+    (file,) = checkpoint.files
+    matrix, small = mapping.weights.expert(0, 0).down, mapping.weights.vector("norm.weight")
+    assert isinstance(matrix, torch.Tensor)
+    assert isinstance(small, torch.Tensor)
+    assert matrix.untyped_storage().nbytes() == file.stat().st_size
+    assert small.untyped_storage().nbytes() == small.nbytes
+    exact = Model(checkpoint).weights.expert(0, 0).down  # of another dtype, and not fast
+    assert isinstance(exact, torch.Tensor)
+    assert exact.untyped_storage().nbytes() == exact.nbytes
 
 
 def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

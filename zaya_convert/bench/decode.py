@@ -144,7 +144,8 @@ class _Run:
         self.model = Model(checkpoint, dtype, fast=True)
         self._forward(self.prompt[:, :1])
         self.loading = time.perf_counter() - started
-        self.resident, self.peak = _resident_bytes(), _peak_bytes()
+        self.resident = _resident_bytes()
+        self.peak = max(_peak_bytes(), self.resident)  # the kernel counts late
         self.whole, self.expert = bytes_read(self.model.weights)
         most = self.whole + checkpoint.config.layers * self.expert
         self._buffer = torch.ones(most, dtype=torch.uint8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -31,6 +32,7 @@ Held = Tensor | Quantized | PackedWeight
 # The router adds these to fp32 probabilities whatever the dtype of the model.
 _ALWAYS_FP32 = ("mlp.gate.balancing_biases",)
 _EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
+_MAPPED_BYTES = 1 << 20  # float matrices from this size on are mapped by fast runs
 _HEAD_BLOCK_BYTES = 8 << 20  # small enough for the allocator to reuse: 5 times faster than 64 MiB
 
 
@@ -64,6 +66,7 @@ class Weights:
         self._matrices: dict[str, Held] = {}
         self._packs: dict[tuple[str, Spec], packed_cache.Pack | None] = {}
         self._mapped = self._map() if self.packing else {}
+        self._files: dict[Path, Tensor] = {}
         self._vectors = {
             key.part: self._read_float(key)
             for key in self._keys[-1]
@@ -192,7 +195,30 @@ class Weights:
     def _read_float(self, key: TensorKey) -> Tensor:
         if key.part in _ALWAYS_FP32:
             return self.checkpoint.read_float(key, torch.float32)
+        if self.packing is not None and (mapped := self._map_float(key)) is not None:
+            return mapped
         return self._as_float(self.checkpoint.read(key))
+
+    def _map_float(self, key: TensorKey) -> Tensor | None:
+        """A large matrix whose file holds it as the run takes it, in place; None for others."""
+        info = self.checkpoint.infos[key]
+        piece = info.pieces.get("")
+        dtype = self.matrix_dtype
+        if piece is None or not info.plain or key in self.checkpoint.scaling:
+            return None
+        fits = torch_dtype(piece.dtype) == dtype and piece.begin % dtype.itemsize == 0
+        if len(piece.shape) != 2 or piece.bytes < _MAPPED_BYTES or not fits:
+            return None
+        try:
+            if piece.file not in self._files:
+                size = piece.file.stat().st_size
+                self._files[piece.file] = torch.from_file(
+                    str(piece.file), shared=False, size=size, dtype=torch.uint8
+                )
+        except (OSError, RuntimeError):  # reading it will tell what is wrong
+            return None
+        data = self._files[piece.file][piece.begin : piece.end]
+        return data.view(dtype).view(piece.shape) if len(data) == piece.bytes else None
 
     def _as_float(self, value: Tensor | Quantized) -> Tensor:
         if not isinstance(value, Tensor):
