@@ -410,7 +410,7 @@ private:
         const Linear* linears[] = {&linear};
         product(linears, 1, input(linears, 1, from, width), batch_,
                 [&](int, int64_t row, int64_t first, int64_t lanes, float* own) {
-                    own_.gelu(own, lanes);
+                    own_.gelu(own);  // lanes beyond the matrix are there too
                     std::memcpy(to + row * width + first, own, 4 * lanes);
                 });
     }

@@ -99,7 +99,7 @@ constexpr int64_t kStretch = 256;
 //     sines [2, rotary_dim / 2]; room [head_dim * taps1].
 //   attend: of `heads` queries one after the other, over a stretch: [heads, head_dim + 2], the
 //     weighted sum of values, the sum of weights and the largest score; `step` numbers apart.
-//   gelu: in place, n numbers, the exact form.
+//   gelu: in place, 16 numbers, the form with erf.
 //   residual: columns [first, first + n) of x, whose update is times `share`.
 //   store: n numbers as the model's states have them.
 #define ZK_DECODE_KERNELS(name)                                                                    \
@@ -111,7 +111,7 @@ constexpr int64_t kStretch = 256;
                    void* columns, const float* angles, float* room, float* out);                   \
     void attend(const Model& model, const Stretch& stretch, const float* queries, int64_t heads,   \
                 int64_t step, float* out);                                                         \
-    void gelu(float* x, int64_t n);                                                                \
+    void gelu(float* x);                                                                           \
     void residual(float* x, const float* update, float share, const Residual& with, int64_t first, \
                   int64_t n);                                                                      \
     void store(const float* from, int64_t n, int32_t type, void* to);                              \

@@ -104,6 +104,18 @@ float dot(const float* a, const float* b, int64_t n) {
     return out;
 }
 
+// erf x to 1.5e-7: formula 7.1.26 of Abramowitz and Stegun, Handbook of Mathematical Functions.
+ZK_INLINE V error_function(V x) {
+    const V size = from_bits((U)x & 0x7FFFFFFFu);
+    const V t = 1.0f / (1.0f + 0.3275911f * size);
+    V p = t * 1.061405429f - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    const V value = 1.0f - p * t * exponential(-size * size);
+    return from_bits((U)value | ((U)x & 0x80000000u));
+}
+
 // ---- heads ---------------------------------------------------------------------------------------
 
 // Both causal convolutions of a head's channels [head_dim]; the oldest column leaves the state.
@@ -262,8 +274,12 @@ void attend(const Model& model, const Stretch& stretch, const float* queries, in
         attend_all<float>(model.head_dim, stretch, queries, heads, step, out);
 }
 
-void gelu(float* x, int64_t n) {
-    for (int64_t i = 0; i < n; i++) x[i] *= 0.5f * (1.0f + std::erf(x[i] * 0.70710678f));
+void gelu(float* x) {
+    for (int64_t i = 0; i < kTile; i += W) {
+        const V value = load<V>(x + i);
+        const V result = 0.5f * value * (1.0f + error_function(value * 0.70710678f));
+        std::memcpy(x + i, &result, sizeof result);
+    }
 }
 
 void residual(float* x, const float* update, float share, const Residual& with, int64_t first,
