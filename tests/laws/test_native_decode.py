@@ -7,6 +7,7 @@ ones have packed matrices, float ones show every number in between to fp32 preci
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from zaya_convert.checkpoint import Checkpoint, open_source
 from zaya_convert.cli.main import run
 from zaya_convert.models import open_model
 from zaya_convert.runtime.cache import Cache
+from zaya_convert.runtime.generate import complete
 from zaya_convert.runtime.model import Model, Output
+from zaya_convert.runtime.tokenizer import Tokenizer
 from zaya_kernels import decode, library, table
 
 if not library.supported_isas():
@@ -190,6 +193,40 @@ def test_caches_change_hands(change: Change, rows: list[int], nano: Nano) -> Non
         found = joined(outs).logits
         assert (found - wanted).norm() < SUMS * wanted.norm()
     assert cache.length == 6  # what was selected from is as it was
+
+
+def test_batches_join(nano: Nano) -> None:
+    """A shorter batch beside a longer one: padded on the left, in windows as well."""
+    source = open_source(nano(dtype=torch.float32, windows=(5, 0, 9)))
+    model, exact = native(source), Model(source)
+    parts, more = [tokens(2, 13), tokens(3, 4, seed=1)], tokens(5, 6, seed=2)
+    wanted = [
+        exact.forward(torch.cat([part, own], 1)).logits[:, part.shape[1] :]
+        for part, own in zip(parts, more.split([2, 3]), strict=True)
+    ]
+    caches: list[Cache] = []
+    for part in parts:
+        caches.append(model.new_cache())
+        for column in part.split(1, 1):
+            model.forward(column, cache=caches[-1])
+    both = caches[0].join(caches[1])
+    found = joined([model.forward(column, cache=both) for column in more.split(1, 1)]).logits
+    assert (found - torch.cat(wanted)).norm() < SUMS * torch.cat(wanted).norm()
+
+
+def test_the_bundled_model_says_the_same(bundled: Path) -> None:
+    """Greedy, as the exact reference: with fp32 between products, and as ``generate`` has it."""
+    checkpoint = open_model(str(bundled))
+    tokenizer = Tokenizer.of(checkpoint)
+    prompts = [
+        tokenizer.chat([{"role": "user", "content": text}])
+        for text in ("Compute 12 + 30.", "Reverse abc.", "Compute 7 * 8.")
+    ]
+    say = partial(complete, prompts=prompts, max_new_tokens=24, stop_ids=tokenizer.stop_ids)
+    wanted = say(Model(checkpoint))
+    assert all(completion.tokens for completion in wanted)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert say(native(checkpoint, dtype)) == wanted
 
 
 def test_states_of_another_batch_are_refused(nano: Nano) -> None:
