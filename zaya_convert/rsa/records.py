@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -78,13 +78,11 @@ def open_run(
     """
     if path.exists() and not (resume or overwrite):
         raise OutputExistsError(f"{path} exists; --resume continues it, --overwrite replaces it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputExistsError(f"{path} is being written by another run") from None
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("ab+"))
+            _lock(file, path)
             if overwrite and not resume:
                 file.truncate(0)
             rounds, end = _read(path, head)
@@ -92,9 +90,16 @@ def open_run(
             if not end:
                 file.write(_line(head))
                 file.flush()
-            yield RunFile(path, rounds, file)
-    except OSError as error:
-        raise OutputError(f"{path}: {error.strerror or error}") from None
+        except OSError as error:
+            raise OutputError(f"{path}: {error.strerror or error}") from None
+        yield RunFile(path, rounds, file)
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputExistsError(f"{path} is being written by another run") from None
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], list[Round]]:

@@ -124,17 +124,6 @@ def round_rows(report: ParityReport) -> list[tuple[str, ...]]:
     return [header, *rows]
 
 
-def to_markdown(reports: Sequence[ParityReport]) -> str:
-    """Accuracy by round of the reference and of several candidates, as a table for a README."""
-    rows = [["", *(f"round {row.round}" for row in reports[0].rounds)]]
-    rows.append(["---"] * len(rows[0]))
-    first = [_interval(row.accuracy_reference) for row in reports[0].rounds]
-    rows.append([reports[0].reference, *first])
-    for report in reports:
-        rows.append([report.candidate, *(_interval(r.accuracy_candidate) for r in report.rounds)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
 def to_text(report: ParityReport, *, color: bool = False) -> str:
     """Tables for the terminal."""
     from rich.console import Console
