@@ -3,6 +3,7 @@
 // A vector lane is one of the tile's 16 rows: kParts vectors hold a number of each.  Weights are
 // loaded once for up to four tiles and eight rows of activations, whose numbers are broadcast.  The
 // operations on a row of activations and their order do not depend on how many rows stand beside it.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -254,6 +255,7 @@ struct Task {
     const uint8_t* codes;  // of the first tile
     int64_t tile_step;     // bytes from tile to tile
     float* out;            // [tiles, count, 16], added to
+    const uint8_t* ahead;  // codes of the first tile that come next, or null
 };
 
 // The index of the group of half `half` of block `block`.
@@ -331,6 +333,11 @@ void one_span(const Task& task, const Scales<T>& scales, int64_t row) {
 
     const int shift = task.matrix.group == 128 ? 2 : task.matrix.group == 64 ? 1 : 0;
     const uint8_t* codes = task.codes;
+    // Lines of each block to come that are fetched meanwhile, a share of them for each handful of rows.
+    const int64_t handfuls = T > 1 && task.ahead ? ceil_div(task.count, R) : 0;
+    const int64_t each = handfuls > 1 ? ceil_div(G::BITS, handfuls) : 0;
+    const int64_t line = row / R * each, last_line = std::min<int64_t>(line + each, G::BITS);
+    const uint8_t* ahead = task.ahead;
     for (int64_t block = 0; block < task.columns / kBlock; block++) {
 #pragma GCC unroll 3
         for (int limb = 0; limb < LIMBS; limb++) {
@@ -370,6 +377,12 @@ void one_span(const Task& task, const Scales<T>& scales, int64_t row) {
             }
         }
         codes += kTile * kBlock * G::BITS / 8;
+        if constexpr (T > 1) {
+            for (int64_t i = line; i < last_line; i++)
+                for (int t = 0; t < T; t++)
+                    __builtin_prefetch(ahead + t * task.tile_step + i * kLine, 0, 2);
+            ahead += kLine * G::BITS;
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) x[r] += LIMBS;
     }
@@ -387,7 +400,7 @@ template <typename G, int LIMBS, int R, int T>
 void all_rows(const Task& task, const Scales<T>& scales, int64_t row) {
     for (; task.count - row >= R; row += R) one_span<G, LIMBS, R, T>(task, scales, row);
     if constexpr (R > 1)
-        if (row < task.count) all_rows<G, LIMBS, R / 2, T>(task, scales, row);
+        if (row < task.count) all_rows<G, LIMBS, R - 1, T>(task, scales, row);
 }
 
 template <typename G, int LIMBS, int T>
@@ -395,6 +408,7 @@ void some_tiles(const Matrix& m, int64_t tile, const Rows& rows, int64_t first, 
                 float* out) {
     const int64_t step = tile_bytes(m);
     const uint8_t* span = m.data + tile * step;
+    const uint8_t* next = tile + 2 * T <= zk::tiles(m) ? span + T * step : nullptr;
     std::memset(out, 0, 4 * T * count * kTile);
     Scales<T> scales;
     for (int64_t start = 0; start < rows.columns; start += kSpan) {
@@ -402,7 +416,10 @@ void some_tiles(const Matrix& m, int64_t tile, const Rows& rows, int64_t first, 
         const Parts at = parts(m, columns);
         for (int t = 0; t < T; t++)
             decode_scales(m, span + t * step, columns, scales.scale[t], scales.offset[t]);
-        const Task task{m, rows, first, count, start, columns, span + at.codes, step, out};
+        const bool last = start + kSpan >= rows.columns;
+        const uint8_t* ahead = last ? next : span + at.end;
+        if (ahead != nullptr) ahead += at.codes;
+        const Task task{m, rows, first, count, start, columns, span + at.codes, step, out, ahead};
         all_rows<G, LIMBS, kRows, T>(task, scales, 0);
         span += at.end;
     }
