@@ -13,8 +13,9 @@ from zaya_quant.spec import QuantSpec
 ROWS = [(op, row) for op, rows in table.OPS.items() for row in rows]
 SPECS = (None, QuantSpec(4, 32), QuantSpec(8, -1), QuantSpec(3, 16, symmetric=False))
 SIZES = (0, 1, 5, 17)
-# Sums of up to 48 products in another order, rounded to the dtype of the activations.
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
+# Sums of up to 48 products in another order, rounded to the dtype of the activations. The reference
+# rounds weights and what lies between two products to it, too, which the native kernels do not.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-5}
 
 WIDTH, HIDDEN, EXPERTS = 48, 33, 4
 
