@@ -3,8 +3,8 @@
 ``~/.cache/zaya-convert/packed/KEY.bin`` (``$XDG_CACHE_HOME``, ``$ZAYA_CONVERT_CACHE``): a page that
 names the key, then the bytes of every packed matrix in the order of the model, each aligned. The
 key is over the manifest, the size and time of every weight file, what is packed in which form, and
-the version of the kernels' layout; when a file is opened, one matrix of each grid is packed anew
-and compared. Files appear whole or not at all. One process builds, others wait for it.
+the version of the kernels' layout; when a file is opened, one small matrix of each grid is packed
+anew and compared. Files appear whole or not at all. One process builds, others wait for it.
 
 A file that is in use may be deleted at any time, as may the whole folder. The least recently used
 ones go when the folder would outgrow ``ZAYA_CONVERT_CACHE_GB`` (30), or the disk would run full.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -40,6 +41,7 @@ SMALLEST = 64 << 20  # bytes of packed matrices worth keeping
 _DEFAULT_GB = 30.0
 _ABANDONED = 24 * 3600  # seconds after which nobody still writes a partial file
 _HEADER = 4096
+_COMPARED = 1 << 24  # weights of the largest matrix that is packed anew only to be compared
 _SPARE = 1 << 30  # bytes of the disk that are left free
 
 Pack = Callable[[Quantized], PackedWeight]
@@ -190,11 +192,12 @@ def _same(
     checkpoint: Checkpoint, entries: Sequence[Wanted], found: Mapping[TensorKey, PackedWeight]
 ) -> bool:
     """Whether the smallest matrix of each grid has the bytes that it is packed into now."""
-    ordered = sorted(entries, key=lambda entry: entry.shape[0] * entry.shape[1], reverse=True)
+    ordered = sorted(entries, key=lambda entry: math.prod(entry.shape), reverse=True)
     smallest = {entry.spec: entry for entry in ordered}
     return all(
         torch.equal(_packed(checkpoint, entry).data, found[entry.key].data)
         for entry in smallest.values()
+        if math.prod(entry.shape) <= _COMPARED
     )
 
 
