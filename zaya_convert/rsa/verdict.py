@@ -7,6 +7,7 @@ inconclusive.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,8 +66,10 @@ class Check:
     def line(self) -> str:
         """For people."""
         mark = {PASS: "ok  ", FAIL: "FAIL", UNDECIDED: "?   "}[self.outcome]
-        interval = "" if self.low == self.high else f" [{self.low:.3g}, {self.high:.3g}]"
         word = "at least" if self.above else "at most"
+        if math.isnan(self.value):
+            return f"{mark} {self.name}: nothing to judge it by ({word} {self.limit:.3g})"
+        interval = "" if self.low == self.high else f" [{self.low:.3g}, {self.high:.3g}]"
         return f"{mark} {self.name}: {self.value:.3g}{interval} ({word} {self.limit:.3g})"
 
 
