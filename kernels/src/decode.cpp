@@ -304,10 +304,10 @@ private:
     }
 
     // Whether a sequence's new token sees the column `back` columns from the end; 1 is its own.
-    // Padding sees itself only, so that no row is empty; nothing else sees padding.
+    // Nothing sees padding, except that padding sees itself, so that no row is empty.
     bool sees(int64_t b, int64_t back) const {
-        if (step_.valid == nullptr || back == 1) return true;
-        return room_.real[b] && step_.valid[(b + 1) * (step_.past + 1) - back] != 0;
+        return step_.valid == nullptr || back == 1 ||
+               step_.valid[(b + 1) * (step_.past + 1) - back] != 0;
     }
 
     // Softmax over all stretches from the sums within each.
