@@ -52,7 +52,7 @@ def divergence(rounds: Sequence[RoundPair]) -> str:
         counts[position // width] += 1
     most = max(counts)
     step = (_WIDTH - _LEFT - 20) / len(counts)
-    parts = [_grid(float(most), lambda value: f"{value:.0f}")]
+    parts = [_grid(float(most), lambda value: f"{value:g}")]
     for i, count in enumerate(counts):
         top = _y(count / most)
         parts.append(
