@@ -15,13 +15,13 @@ Experts are stacked in front. Bytes are uint8 so that no ``Module.to(dtype)`` co
 ``pack`` and ``pack_experts`` choose the layout that the table's choice for the coming calls reads:
 tiles hold every grid as it is stored, words those of ``grids``, and what is left becomes floats.
 Each call takes the table's choice for its layout, the dtype of the activations and their device.
-There are no gradients.
+There are no gradients: where one would be needed, a call raises RuntimeError.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -86,6 +86,22 @@ class Experts:
     down: Form
 
 
+# Not ``custom_op``, whose handling of gradients costs several times what a small product does.
+_LIBRARY = torch.library.Library("zaya", "DEF")
+
+
+def _op(schema: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register a function as an op, on CPUs and on GPUs (which ROCm's torch calls CUDA, too)."""
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(schema.partition("(")[0], function, key)
+        return function
+
+    return register
+
+
 def pack(value: Tensor | Quantized, request: Request, op: str = "linear") -> Matrix:
     """Pack a matrix for calls such as ``request``, on its device.
 
@@ -142,11 +158,7 @@ def pack_experts(
     return made
 
 
-@torch.library.custom_op(
-    "zaya::linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor[] weight, int[] form, Tensor? bias=None) -> Tensor",
-)
+@_op("linear(Tensor x, Tensor[] weight, int[] form, Tensor? bias=None) -> Tensor")
 def linear(
     x: Tensor, weight: Sequence[Tensor], form: Sequence[int], bias: Tensor | None = None
 ) -> Tensor:
@@ -161,25 +173,22 @@ def linear(
     Returns:
         [..., out].
     """
+    _refuse_gradients(x, bias)
     means = Form(*form)
     row = _choice("linear", x.dtype, x.device, means, means.held_as)
     return row.body(x, _open(weight, means), bias)
 
 
-@linear.register_fake
+@torch.library.register_fake("zaya::linear")
 def _(
     x: Tensor, weight: Sequence[Tensor], form: Sequence[int], bias: Tensor | None = None
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], Form(*form).rows)
 
 
-@torch.library.custom_op(
-    "zaya::moe_ffn",
-    mutates_args=(),
-    schema=(
-        "(Tensor x, Tensor ids, Tensor shares, Tensor[] experts, int[] gate_up, int[] down)"
-        " -> Tensor"
-    ),
+@_op(
+    "moe_ffn(Tensor x, Tensor ids, Tensor shares, Tensor[] experts, int[] gate_up, int[] down)"
+    " -> Tensor"
 )
 def moe_ffn(
     x: Tensor,
@@ -202,13 +211,14 @@ def moe_ffn(
     Returns:
         [n, d] in the dtype of x.
     """
+    _refuse_gradients(x, shares)
     forms = Form(*gate_up), Form(*down)
     held_as = forms[0].held_as if forms[0].layout == forms[1].layout else _MIXED
     row = _choice("moe_ffn", x.dtype, x.device, forms[0], held_as)
     return row.body(x, ids, shares, _open_experts(experts, *forms))
 
 
-@moe_ffn.register_fake
+@torch.library.register_fake("zaya::moe_ffn")
 def _(
     x: Tensor,
     ids: Tensor,
@@ -220,11 +230,7 @@ def _(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(
-    "zaya::embedding",
-    mutates_args=(),
-    schema="(Tensor ids, Tensor[] weight, int[] form, ScalarType dtype) -> Tensor",
-)
+@_op("embedding(Tensor ids, Tensor[] weight, int[] form, ScalarType dtype) -> Tensor")
 def embedding(
     ids: Tensor, weight: Sequence[Tensor], form: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
@@ -251,19 +257,24 @@ def embedding(
     return row.body(flat, _open(weight, means), dtype).view(*ids.shape, means.columns)
 
 
-@embedding.register_fake
+@torch.library.register_fake("zaya::embedding")
 def _(ids: Tensor, weight: Sequence[Tensor], form: Sequence[int], dtype: torch.dtype) -> Tensor:
     return ids.new_empty(*ids.shape, Form(*form).columns, dtype=dtype)
 
 
+def _refuse_gradients(*inputs: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise RuntimeError("the zaya ops have no gradients; call them under torch.no_grad()")
+
+
 def _choice(op: str, dtype: torch.dtype, device: torch.device, form: Form, held_as: str) -> Row:
-    request = Request(dtype, device.type, form.spec, fast=bool(form.fast), layout=held_as)
-    return _chosen(op, request, os.environ.get(ENVIRONMENT, ""))
+    return _chosen(op, dtype, device.type, form, held_as, os.environ.get(ENVIRONMENT, ""))
 
 
 @lru_cache(1024)
-def _chosen(op: str, request: Request, forced: str) -> Row:
+def _chosen(op: str, dtype: torch.dtype, device: str, form: Form, held_as: str, forced: str) -> Row:
     """``choose``, which looks at files and devices, once for each question."""
+    request = Request(dtype, device, form.spec, fast=bool(form.fast), layout=held_as)
     return choose(op, request)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class PackedWeight:
     ) -> None:
         self.shape, self.spec, self.fast = shape, spec, fast
         self.matrix = _describe(shape, spec)
-        size = library().zk_packed_bytes(ctypes.byref(self.matrix))
+        size = packed_bytes(shape, spec)
         # torch aligns to 64 bytes
         data = torch.empty(size, dtype=torch.uint8) if data is None else data
         if len(data) < size or data.data_ptr() % ALIGNMENT:
@@ -77,6 +78,7 @@ class PackedWeight:
         return self.rows(torch.arange(self.shape[0])).to(dtype)
 
 
+@lru_cache(1024)
 def packed_bytes(shape: tuple[int, int], spec: Spec) -> int:
     """Size of a packed matrix."""
     return library().zk_packed_bytes(ctypes.byref(_describe(shape, spec)))
@@ -132,6 +134,7 @@ def _describe(shape: tuple[int, int], spec: Spec) -> Matrix:
     return Matrix(None, *shape, *_means(spec))
 
 
+@lru_cache(1024)
 def _means(spec: Spec) -> tuple[int, int, int, int]:
     """bits, group, scale type and form of ``zk::Matrix``."""
     bits = 4 if spec.bits <= 4 else 8

@@ -151,10 +151,14 @@ def test_export_keeps_one_node_for_each(spec: QuantSpec) -> None:
 
 
 def test_gradients_are_refused() -> None:
-    x, *others = inputs(SPECS[0], torch.float32)["linear"]
-    assert isinstance(x, Tensor)
-    with pytest.raises(RuntimeError, match="autograd"):
-        run("linear", (x.requires_grad_(), *others)).sum().backward()
+    for op in ("linear", "moe_ffn"):
+        x, *others = inputs(SPECS[0], torch.float32)[op]
+        assert isinstance(x, Tensor)
+        x.requires_grad_()
+        with pytest.raises(RuntimeError, match=r"no gradients; call them under torch\.no_grad"):
+            run(op, (x, *others))
+        with torch.no_grad():
+            run(op, (x, *others))
 
 
 def test_experts_of_several_grids_become_several_banks() -> None:
