@@ -41,12 +41,13 @@ ISAS = library.supported_isas()
 SCALES = ("float16", "bfloat16", "float32")
 SPECS: list[Spec] = [
     *(
-        QuantSpec(bits, group, symmetric, scale)
+        QuantSpec(bits, group, symmetric)
         for bits in (4, 8)
         for group in (16, 32, 64, 128)
         for symmetric in (True, False)
-        for scale in SCALES
     ),
+    QuantSpec(4, 32, True, "bfloat16"),
+    QuantSpec(8, 64, False, "float32"),
     *map(BlockSpec, BLOCK_GRIDS),
 ]
 ANY_SPEC = st.one_of(
@@ -292,7 +293,7 @@ def moe_wanted(x: Tensor, ids: Tensor, shares: Tensor, bank: list[Expert]) -> Te
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("spec", SPECS[:48:5], ids=lambda spec: spec.label)
+@pytest.mark.parametrize("spec", SPECS[:18:3], ids=lambda spec: spec.label)
 @pytest.mark.parametrize("fast", [False, True])
 def test_moe_ffn(spec: QuantSpec, fast: bool, isa: str, threads: int) -> None:
     bank = experts(spec, fast)
@@ -372,10 +373,14 @@ def test_a_fork_while_another_thread_computes() -> None:
     torch.set_num_threads(2)
     packed, x = pack(quantized(600, 256, QuantSpec(4, 32)), fast=True), draw(5, 256)
     wanted, stop = native.linear(x, packed), threading.Event()
+    room, options = torch.empty(5, 600), native._options(True, None)
 
-    def compute() -> None:
+    def compute() -> None:  # without torch, whose locks a child may inherit
         while not stop.is_set():
-            native.linear(x, packed)
+            library.library().zk_linear(
+                ctypes.byref(packed.matrix), x.data_ptr(), 5, None, room.data_ptr(),
+                ctypes.byref(options),
+            )  # fmt: skip
 
     other = threading.Thread(target=compute)
     other.start()
