@@ -7,6 +7,7 @@ torch's, fp32 or int8, measured beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +50,7 @@ class Sizes:
 
 SMALL = Sizes(256, 4, 1 << 20, 4096, 32, 256)
 SPECS = (QuantSpec(4, 32), QuantSpec(4, 128), QuantSpec(8, 32))
+_ROWS = 1024
 NATIVE = ("native_fast", "native")
 
 
@@ -107,6 +109,13 @@ def experts_decode(spec: QuantSpec, sizes: Sizes, threads: int) -> Case:
         notes.append("onnxruntime QMoE: not installed (extra: onnx)")
     name = f"expert FFN, 1 token, {_label(spec)}, {count} experts of {sizes.width} in turn"
     return Case(name, each, 2 * 3 * sizes.width**2, contenders, notes)
+
+
+def packed_rows(spec: QuantSpec, rows: int, columns: int) -> PackedWeight:
+    """A matrix of many rows: those of a small one again and again, as their bytes are."""
+    few = math.gcd(rows, _ROWS)
+    one = pack(random_weight(few, columns, spec))
+    return PackedWeight((rows, columns), spec, False, one.data.repeat(rows // few))
 
 
 def packed_experts(spec: QuantSpec, width: int, count: int) -> list[list[PackedWeight]]:
@@ -205,7 +214,7 @@ def _bodies(op: str, spec: QuantSpec) -> list[table.Row]:
 
 
 def _linears(spec: QuantSpec, rows: int, x: Tensor) -> tuple[list[Contender], PackedWeight]:
-    packed = pack(random_weight(rows, x.shape[1], spec))
+    packed = packed_rows(spec, rows, x.shape[1])
     made = [
         Contender(row.name, [partial(native.linear, x, _over(packed, row.name))])
         for row in _bodies("linear", spec)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from zaya_convert.bench.measure import Call
 
+_FEW = 1024  # rows of random codes, which larger matrices repeat
+
 
 def has_onnxruntime() -> bool:
     """Whether its peers can be measured."""
@@ -95,10 +97,12 @@ def torch_packed(bits: int, group: int, rows: int, x: Tensor) -> tuple[str, Call
     columns, narrow = x.shape[1], x.bfloat16()
     aten = torch.ops.aten
     if bits == 8:
-        codes = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
+        codes = torch.randint(-128, 128, (_FEW, columns), dtype=torch.int8)
+        codes = codes.repeat(-(-rows // _FEW), 1)[:rows]
         scales = torch.full((rows,), 1e-3, dtype=torch.bfloat16)
         return "torch int8pack", lambda: aten._weight_int8pack_mm(narrow, codes, scales)
-    codes = torch.randint(0, 16, (rows, columns), dtype=torch.int32)
+    codes = torch.randint(0, 16, (_FEW, columns), dtype=torch.int32)
+    codes = codes.repeat(-(-rows // _FEW), 1)[:rows]
     packed = aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     scales = torch.full((columns // group, rows, 2), 1e-3, dtype=torch.bfloat16)
     return "torch int4pack", lambda: aten._weight_int4pack_mm_for_cpu(narrow, packed, group, scales)
