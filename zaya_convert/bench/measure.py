@@ -13,6 +13,10 @@ from typing import Any
 
 Call = Callable[[], object]
 
+# Seconds. Threads of other libraries spin for more work, and would be in the next one's way.
+_SETTLE = 0.02
+_CALLS = 5  # of a contender before the next one's turn, at least
+
 OURS, PEER, CEILING = "ours", "peer", "ceiling"
 
 
@@ -99,7 +103,8 @@ def rotate(calls: Sequence[Sequence[Call]], rounds: int) -> list[list[float]]:
     samples: list[list[float]] = [[] for _ in calls]
     for turn in range(rounds + 1):
         for column, own in enumerate(calls):
-            taken = [seconds(call) for call in own]
+            time.sleep(_SETTLE)
+            taken = [seconds(call) for _ in range(-(-_CALLS // len(own))) for call in own]
             if turn:  # the first is for warming up
                 samples[column] += taken
     return samples
