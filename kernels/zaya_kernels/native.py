@@ -111,10 +111,11 @@ def moe_ffn(
     order = sorted(range(len(chosen)), key=chosen.__getitem__)
     found: list[_Found] = []
     others: dict[int, Expert] = {}
-    end = 0
+    skipped = end = 0
     for expert, rows in groupby(order, key=chosen.__getitem__):
         begin, end = end, end + len(list(rows))
         if expert < 0:
+            skipped = end
             continue
         matrices = experts(expert)
         packed = [p for p in (_packed(matrix, fast) for matrix in matrices) if p is not None]
@@ -128,7 +129,9 @@ def moe_ffn(
             x, ids.masked_fill(~torch.isin(ids, taken), -1), weights, others.__getitem__
         ).float()
     else:
-        out = torch.zeros(x.shape)
+        out = torch.empty(x.shape)
+        if skipped:
+            out[order[:skipped]] = 0
     rows_in_order = (ctypes.c_int64 * len(order))(*order)
     for group in _alike(found):
         _run(group, rows_in_order, _floats(x), _floats(weights), out, isa)
