@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cli.running import Run, Zaya
-from zaya_convert.bench import gpu, measure, report
+from zaya_convert.bench import measure, report
 from zaya_convert.bench.decode import bytes_read
 from zaya_convert.models import open_model
 from zaya_convert.runtime.model import Model
@@ -175,33 +175,3 @@ def test_tiles_of_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_shipped_tiles_are_readable(path: Path) -> None:
     assert configs.slug(json.loads(path.read_text())["name"]) == path.stem
     configs.load(path)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_whole_gpu_report_in_the_interpreter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert gpu.require_device() == "interpreter"
-    found = gpu.measure(gpu.SMALL, lambda text: None)
-    assert found["correctness"]["failed"] == found["correctness_tuned"]["failed"] == 0
-    assert len(found["correctness"]["rows"]) == 36
-    assert {row["what"] for row in found["speed"]} == {"expert FFN", "head"}
-    assert all(row["seconds"] > 0 for row in found["speed"] + found["speed_tuned"])
-    assert {row["kind"] for row in found["tried"]} == {"decode", "few", "many"}
-    (tmp_path / "r.json").write_text(json.dumps(found))
-    tuned = configs.load(tmp_path / "r.json")
-    candidates = {row["kind"]: [] for row in found["tried"]}
-    for row in found["tried"]:
-        candidates[row["kind"]].append(row["tile"])
-    assert all(configs.to_json(tuned)[kind] in tiles for kind, tiles in candidates.items())
-    assert "36 of 36 forms are right" in gpu.to_text(found)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_wrong_kernels_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    right = gpu.launch.linear
-    monkeypatch.setattr(gpu.launch, "linear", lambda x, weight: right(x, weight) * 1.05)
-    rows = list(gpu.correctness(torch.device("cpu"), gpu.SMALL.forms[:1]))
-    assert {row["op"] for row in rows if not row["ok"]} == {"linear"}
