@@ -77,6 +77,8 @@ def linear(
     rows, columns = packed.shape
     if x.shape[-1] != columns:
         raise ValueError(f"x has {x.shape[-1]} columns; the weight has {columns}")
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"a bias {list(bias.shape)} for {rows} outputs")
     source = _floats(x)
     wide_bias = None if bias is None else _floats(bias)
     out = torch.empty(*x.shape[:-1], rows)
@@ -106,6 +108,8 @@ def moe_ffn(
 
     All experts whose three matrices are packed are computed in one call.
     """
+    if x.ndim != 2 or not len(x) == len(ids) == weights.numel():
+        raise ValueError(f"{len(ids)} ids and {weights.numel()} weights for x {list(x.shape)}")
     # Lists: tensors would take longer to sort a few rows than those take to compute.
     chosen: list[int] = ids.tolist()
     order = sorted(range(len(chosen)), key=chosen.__getitem__)

@@ -172,9 +172,12 @@ def linear(
 
     Returns:
         [..., out].
+
+    Raises:
+        ValueError: shapes do not fit each other.
     """
     _refuse_gradients(x, bias)
-    means = Form(*form)
+    means = _linear_form(x, form, bias)
     row = _choice("linear", x.dtype, x.device, means, means.held_as)
     return row.body(x, _open(weight, means), bias)
 
@@ -210,9 +213,12 @@ def moe_ffn(
 
     Returns:
         [n, d] in the dtype of x.
+
+    Raises:
+        ValueError: shapes do not fit each other.
     """
     _refuse_gradients(x, shares)
-    forms = Form(*gate_up), Form(*down)
+    forms = _expert_forms(x, ids, shares, gate_up, down)
     held_as = forms[0].held_as if forms[0].layout == forms[1].layout else _MIXED
     row = _choice("moe_ffn", x.dtype, x.device, forms[0], held_as)
     return row.body(x, ids, shares, _open_experts(experts, *forms))
@@ -265,6 +271,30 @@ def _(ids: Tensor, weight: Sequence[Tensor], form: Sequence[int], dtype: torch.d
 def _refuse_gradients(*inputs: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         raise RuntimeError("the zaya ops have no gradients; call them under torch.no_grad()")
+
+
+def _linear_form(x: Tensor, form: Sequence[int], bias: Tensor | None) -> Form:
+    """The form, after a look at what kernels read unseen."""
+    means = Form(*form)
+    if x.ndim < 1 or x.shape[-1] != means.columns:
+        raise ValueError(f"x {list(x.shape)} does not end in the weight's {means.columns} columns")
+    if bias is not None and bias.shape != (means.rows,):
+        raise ValueError(f"bias {list(bias.shape)} for {means.rows} outputs")
+    return means
+
+
+def _expert_forms(
+    x: Tensor, ids: Tensor, shares: Tensor, gate_up: Sequence[int], down: Sequence[int]
+) -> tuple[Form, Form]:
+    """Both forms, likewise."""
+    forms = Form(*gate_up), Form(*down)
+    if x.ndim != 2 or x.shape[1] != forms[0].columns:
+        raise ValueError(f"x {list(x.shape)} is not [n, {forms[0].columns}], as the experts are")
+    if ids.shape != x.shape[:1] or shares.shape != x.shape[:1]:
+        raise ValueError(
+            f"ids {list(ids.shape)} and shares {list(shares.shape)} for {x.shape[0]} rows"
+        )
+    return forms
 
 
 def _choice(op: str, dtype: torch.dtype, device: torch.device, form: Form, held_as: str) -> Row:

@@ -102,7 +102,7 @@ def moe_ffn(
     Returns:
         [n, d] in the dtype of x.
     """
-    out = torch.zeros_like(x)
+    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
     order = torch.argsort(ids, stable=True)
     used, counts = torch.unique_consecutive(ids[order], return_counts=True)
     runs = zip(used.tolist(), order.split(counts.tolist()), strict=True)

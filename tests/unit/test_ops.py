@@ -128,6 +128,40 @@ class Layer(torch.nn.Module):
 ARGUMENTS = (torch.tensor([3, 40, 7]), torch.tensor([1, -1, 4]), torch.tensor([0.5, 0.2, 0.9]))
 
 
+@pytest.mark.parametrize("kernel", ["", "reference"])
+def test_any_strides_give_contiguous_results(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(table.ENVIRONMENT, kernel)
+    x, *others = inputs(SPECS[0], torch.float32)["moe_ffn"]
+    assert isinstance(x, Tensor)
+    turned = x.t().contiguous().t()
+    opcheck(torch.ops.zaya.moe_ffn.default, (turned, *others))
+    assert torch.equal(run("moe_ffn", (turned, *others)), run("moe_ffn", (x, *others)))
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    given = inputs(SPECS[0], torch.float32)
+    x, weight, form, bias = given["linear"]
+    assert isinstance(x, Tensor)
+    assert isinstance(bias, Tensor)
+    for bad in ((x[..., 1:], weight, form, bias), (x, weight, form, bias[1:])):
+        with pytest.raises(ValueError, match=str(HIDDEN if bad[0] is x else WIDTH)):
+            run("linear", bad)
+    rows, ids, shares, *bank = given["moe_ffn"]
+    assert isinstance(rows, Tensor)
+    assert isinstance(ids, Tensor)
+    assert isinstance(shares, Tensor)
+    for bad in (
+        (rows[:, 1:], ids, shares),
+        (rows[None], ids, shares),
+        (rows[:3], ids, shares),
+        (rows, ids[:3], shares),
+        (rows, ids, shares[:3]),
+        (rows, ids, shares[:, None]),
+    ):
+        with pytest.raises(ValueError, match=r"rows|experts"):
+            run("moe_ffn", (*bad, *bank))
+
+
 @pytest.mark.parametrize("spec", SPECS[:3], ids=lambda spec: spec.label)
 def test_compile_without_a_break(spec: QuantSpec) -> None:
     layer = Layer(spec)
