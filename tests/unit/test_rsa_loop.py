@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from zaya_convert.errors import InputError, OutputExistsError, UsageError
+from zaya_convert.errors import InputError, OutputError, OutputExistsError, UsageError
 from zaya_convert.models import open_model
 from zaya_convert.rsa import records
 from zaya_convert.rsa.generator import SEED_BITS, Answer, Request, rollout_seed
@@ -293,16 +293,40 @@ def test_a_file_of_another_run_is_refused(tmp_path: Path, rounds: list[Round]) -
         records.open_run(path, head, resume=True),
     ):
         pass
-    with records.open_run(path, head, resume=False, overwrite=True) as file:
-        assert not file.rounds
     foreign = tmp_path / "notes.jsonl"
-    foreign.write_text('{"a": 1}\n')
+    for text in ('{"a": 1}\n', "a line without an end"):
+        foreign.write_text(text)
+        with (
+            pytest.raises(InputError, match="no file of"),
+            records.open_run(foreign, HEAD, resume=True),
+        ):
+            pass
+        assert foreign.read_text() == text
+
+
+def test_nothing_changes_before_a_round_is_done(tmp_path: Path, rounds: list[Round]) -> None:
+    path = tmp_path / "run.jsonl"
+    with records.open_run(path, HEAD, resume=False):
+        assert path.exists()  # and is locked
+    assert not path.exists()
+    path.write_text("what was there")
+    with records.open_run(path, HEAD, resume=False, overwrite=True) as file:
+        assert not file.rounds
+    assert path.read_text() == "what was there"
+    with records.open_run(path, HEAD, resume=False, overwrite=True) as file:
+        file.append(rounds[0])
+    assert records.read_run(path) == (HEAD, rounds[:1])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:50])  # killed while it wrote the first round
+    with records.open_run(path, HEAD, resume=True) as file:
+        assert not file.rounds
+        file.append(rounds[0])
+    assert path.read_bytes() == whole
     with (
-        pytest.raises(InputError, match="no file of"),
-        records.open_run(foreign, HEAD, resume=True),
+        pytest.raises(OutputError, match="no file"),
+        records.open_run(Path("/dev/null"), HEAD, resume=True),
     ):
         pass
-    assert foreign.read_text() == '{"a": 1}\n'
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path, rounds: list[Round]) -> None:

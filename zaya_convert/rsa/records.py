@@ -2,7 +2,8 @@
 
 The first line says what the run is of; a run that differs in any of it is refused. Then come the
 candidates, one a line, each round closed by a line that says so. Lines behind the last such line
-are of a round that was interrupted, and are dropped.
+are of a round that was interrupted, and are dropped. Nothing is written or dropped before the first
+round is done, so a run that fails at once leaves what was there.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,21 +34,25 @@ class RunFile:
     """
 
     path: Path
-    rounds: list[Round] = field(default_factory=list)
-    _file: IO[bytes] | None = None
+    rounds: list[Round]
+    _head: Mapping[str, Any]
+    _file: IO[bytes]
+    _end: int  # of what counts
 
     def append(self, found: Round) -> None:
         """Add one round: all of it is on disk when this returns, or none of it counts."""
-        assert self._file is not None
         rows = [candidate.to_dict() for row in found for candidate in row]
         rows.append({"end_of_round": len(self.rounds), "candidates": len(rows)})
-        data = b"".join(_line(row) for row in rows)
+        head = () if self._end else (self._head,)
+        data = b"".join(_line(row) for row in (*head, *rows))
         try:
+            self._file.truncate(self._end)
             self._file.write(data)
             self._file.flush()
             os.fdatasync(self._file.fileno())
         except OSError as error:
             raise OutputError(f"{self.path}: {error.strerror}") from None
+        self._end += len(data)
         self.rounds.append(found)
 
 
@@ -76,23 +82,24 @@ def open_run(
         InputError: it is to be resumed, but is of another run or damaged.
         OutputError: it cannot be written.
     """
-    if path.exists() and not (resume or overwrite):
+    new = not path.exists()
+    if not (new or resume or overwrite):
         raise OutputExistsError(f"{path} exists; --resume continues it, --overwrite replaces it")
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(path.open("ab+"))
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OutputError(f"{path} is no file")
             _lock(file, path)
-            if overwrite and not resume:
-                file.truncate(0)
-            rounds, end = _read(path, head)
-            file.truncate(end)
-            if not end:
-                file.write(_line(head))
-                file.flush()
+            rounds, end = _read(path, head) if resume else ([], 0)
         except OSError as error:
             raise OutputError(f"{path}: {error.strerror or error}") from None
-        yield RunFile(path, rounds, file)
+        try:
+            yield RunFile(path, rounds, head, file, end)
+        finally:
+            if new and not os.fstat(file.fileno()).st_size:
+                path.unlink(missing_ok=True)
 
 
 def _lock(file: IO[bytes], path: Path) -> None:
@@ -110,9 +117,9 @@ def read_run(path: Path) -> tuple[dict[str, Any], list[Round]]:
 
 
 def _read(path: Path, head: Mapping[str, Any]) -> tuple[list[Round], int]:
-    """Whole rounds of a file, and where they end; nothing for a file without a whole header."""
+    """Whole rounds of a file, and where they end; none where even the header is torn."""
     data = path.read_bytes()
-    if b"\n" not in data:
+    if b"\n" not in data and _line(head).startswith(data):
         return [], 0
     lines = data.split(b"\n")
     try:
