@@ -1,8 +1,10 @@
 """Answers: what counts as the same, and how a vote is decided."""
 
+import time
+
 import pytest
 
-from zaya_convert.rsa.answers import normalise, same, vote
+from zaya_convert.rsa.answers import extract_boxed, normalise, same, vote
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,21 @@ def test_one_way_to_write_an_answer(text: str, expected: str) -> None:
 def test_a_number_too_long_to_be_one_stays_a_text() -> None:
     digits = "1" * 5000
     assert normalise("0" + digits) == "0" + digits
+
+
+def test_the_last_whole_box_counts() -> None:
+    assert extract_boxed("\\boxed{1} \\boxed{ \\frac{1}{2} } \\boxed{3") == "\\frac{1}{2}"
+    assert extract_boxed("\\boxed{a \\boxed{2} b}") == "a \\boxed{2} b"
+    assert extract_boxed("\\boxed{a \\boxed{2} b") == "2"
+    assert extract_boxed("} \\\\boxed{\\}\\{}") == "\\}\\{"
+    assert extract_boxed("\\boxed{1") is None
+
+
+def test_a_text_that_repeats_itself_is_read_in_no_time() -> None:
+    began = time.monotonic()
+    assert extract_boxed("\\boxed{" * 20_000) is None
+    assert normalise("{" * 20_000 + "07" + "}" * 20_000) == "7"
+    assert time.monotonic() - began < 5  # square time would take minutes
 
 
 def test_a_missing_answer_agrees_with_nothing() -> None:

@@ -15,6 +15,7 @@ THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
 
 _BOXED = "\\boxed{"
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
 # What LaTeX writes for looks only.
 _LOOKS = re.compile(
@@ -35,16 +36,15 @@ def extract_boxed(text: str) -> str | None:
     box that is never closed is passed over, so that a text cut off by its budget keeps the last
     answer it did finish. Of nested boxes the outer one is read.
     """
+    closing = _closing_braces(text)
     found: str | None = None
     position = text.find(_BOXED)
     while position >= 0:
         start = position + len(_BOXED)
-        end = _closing_brace(text, start)
-        if end is None:
-            position = text.find(_BOXED, start)
-            continue
-        found = text[start:end].strip()
-        position = text.find(_BOXED, end)
+        end = closing.get(start)
+        if end is not None:
+            found = text[start:end].strip()
+        position = text.find(_BOXED, end or start)
     return found
 
 
@@ -59,8 +59,11 @@ def normalise(answer: str) -> str:
     text = _WORDS.sub(r"\1", text)
     text = _LOOKS.sub("", text).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     text = text.rstrip(".") or text
-    while text.startswith("{") and _closing_brace(text, 1) == len(text) - 1:
-        text = text[1:-1]
+    closing = _closing_braces(text)
+    layers = 0
+    while closing.get(layers + 1) == len(text) - 1 - layers:
+        layers += 1
+    text = text[layers : len(text) - layers]
     number = _number(text)
     return text if number is None else str(number)
 
@@ -117,20 +120,13 @@ def reasoning_of(text: str) -> str:
     return reasoning
 
 
-def _closing_brace(text: str, start: int) -> int | None:
-    """The index of the brace that closes the one opened just before `start`."""
-    depth = 1
-    index = start
-    while index < len(text):
-        char = text[index]
-        if char == "\\":
-            index += 2
-            continue
-        if char == "{":
-            depth += 1
-        elif char == "}":
-            depth -= 1
-            if depth == 0:
-                return index
-        index += 1
-    return None
+def _closing_braces(text: str) -> dict[int, int]:
+    """Of every brace that is opened and closed: where its content begins, and where that ends."""
+    pairs: dict[int, int] = {}
+    opened: list[int] = []
+    for brace in _BRACES.finditer(text):
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif brace[0] == "}" and opened:
+            pairs[opened.pop()] = brace.start()
+    return pairs
