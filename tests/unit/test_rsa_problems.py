@@ -44,6 +44,9 @@ def test_names_of_fields(tmp_path: Path) -> None:
         ({"problem": 3}, "needs a text"),
         ({"problem": "a", "answer": ["1"]}, "must be a text or a number"),
         ({"problem": "a", "answer": True}, "must be a text or a number"),
+        ({"problem": "a", "answer": float("nan")}, "must be a text or a number"),
+        ({"problem": "half \ud800"}, ":1: holds half a character"),
+        ({"problem": "a", "id": "\ud800"}, "holds half a character"),
         ("{", ":1"),
         ("", "holds no problems"),
     ],
@@ -51,6 +54,12 @@ def test_names_of_fields(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path, row: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read(write(tmp_path, row))
+
+
+def test_line_ends_and_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "problems.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"problem": "a"}\r\n\r\n{"problem": "b"}\r\n')
+    assert [problem.text for problem in read(file)] == ["a", "b"]
 
 
 def test_the_digest_is_of_texts_and_answers() -> None:

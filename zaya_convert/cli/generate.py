@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import click
 from zaya_convert.cli.conversion import open_named
 from zaya_convert.cli.engines import dtype_option, engine_option, open_engine
 from zaya_convert.cli.output import Output, output_options
-from zaya_convert.cli.params import MODEL
+from zaya_convert.cli.params import MODEL, prompt_text
 
 if TYPE_CHECKING:
     from zaya_convert.checkpoint import Checkpoint
@@ -66,7 +65,7 @@ def command(
     from zaya_convert.runtime.generate import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, seed)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = prompt_text(prompt)
     runs = open_engine(checkpoint, engine, dtype)
     done = _run(checkpoint, runs, text, raw, max_new_tokens, sampling, out)
     speed = done.new_tokens / done.seconds if done.seconds else 0.0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from zaya_convert.errors import UsageError
 from zaya_convert.export import DIALECTS, FORMATS
 from zaya_convert.recipe import parse_size
 
@@ -29,6 +31,21 @@ class Size(click.ParamType):
 
 # A string, not a Path: it may be a Hub id. The type gives file completion in the shell.
 MODEL = click.Path()
+
+
+def prompt_text(given: str) -> str:
+    """The text of ``--prompt``: what was given, or stdin for -.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
+    try:
+        text = sys.stdin.read() if given == "-" else given
+        text.encode()
+    except UnicodeError:
+        raise UsageError("the prompt is not UTF-8") from None
+    return text
+
 
 _WRITING = (
     click.option(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,11 +69,16 @@ def _problem(entry: Mapping[str, Any], number: int, where: str) -> Problem:
         raise InputError(f"needs a text as one of {', '.join(_TEXT)}", where)
     answer = next((entry[name] for name in _ANSWER if entry.get(name) is not None), None)
     if answer is not None:
-        if not isinstance(answer, str | int | float) or isinstance(answer, bool):
+        number_or_text = isinstance(answer, str | int | float) and not isinstance(answer, bool)
+        if not number_or_text or (isinstance(answer, float) and not math.isfinite(answer)):
             raise InputError("the answer must be a text or a number", where)
         answer = _short(str(answer))
-    name = entry.get("id", number)
-    return Problem(str(name), text, answer)
+    name = str(entry.get("id", number))
+    try:
+        f"{text}{answer}{name}".encode()
+    except UnicodeEncodeError:
+        raise InputError("holds half a character (a lone surrogate)", where) from None
+    return Problem(name, text, answer)
 
 
 def _short(answer: str) -> str:
