@@ -87,11 +87,17 @@ def test_a_run_is_kept_and_taken_up(
         ([], 2, "--prompt"),
         (["--prompt", "a", "--problems", "b"], 2, "--prompt"),
         (["--prompt", " "], 2, "empty"),
+        (["--prompt", "half \udcff"], 2, "not UTF-8"),
         (["--prompt", "a", "--resume"], 2, "--save"),
         (["--prompt", "a", "-N", "2", "-C", "3"], 2, "cannot be drawn"),
         (["--prompt", "a", "--top-p", "0"], 2, "top-p"),
         (["--prompt", "a", "--preset", "best"], 2, "preset"),
         (["--prompt", "a", "--endpoint", "http://127.0.0.1:1", "--batch", "3"], 2, "server"),
+        (
+            ["--prompt", "a", "--endpoint", "http://127.0.0.1:1", "--attempts", "1"],
+            3,
+            "after 1 att",
+        ),
         (["--problems", "/nonexistent"], 3, "cannot be read"),
     ],
 )
@@ -99,6 +105,18 @@ def test_refusals(zaya: Zaya, bundled: Path, arguments: list[str], code: int, me
     done = zaya("rsa", bundled, *arguments)
     assert (done.code, done.out) == (code, "")
     assert message in done.err
+
+
+def test_a_last_round_samples_like_the_others_but_for_what_is_said(
+    zaya: Zaya, bundled: Path
+) -> None:
+    done = zaya(
+        "rsa", bundled, "--prompt", QUESTION, *SMALL, "--temperature", 0.5, "--top-k", 9,
+        "--final-top-p", 0.9, "--json",
+    )  # fmt: skip
+    settings = done.json()["settings"]
+    assert settings["sampling"] == {"temperature": 0.5, "top_p": 1.0, "top_k": 9}
+    assert settings["final_sampling"] == {"temperature": 0.5, "top_p": 0.9, "top_k": 9}
 
 
 def test_parity_passes_and_reports(zaya: Zaya, bundled: Path, tmp_path: Path) -> None:

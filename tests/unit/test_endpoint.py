@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from email.utils import formatdate
@@ -244,6 +245,12 @@ def test_it_waits_as_long_as_it_is_told(date: bool) -> None:
         (reply(200, "data: <html>\n\n", EVENTS), "not JSON"),
         (reply(200, event(finish_reason="content_filter") + USAGE, EVENTS), "content_filter"),
         (reply(200, event(finish_reason="stop"), EVENTS), "how many tokens"),
+        (reply(200, '{"choices": "none"}'), "in another form"),
+        (reply(200, event(delta="text"), EVENTS), "in another form"),
+        (reply(200, event(delta={"content": 5}), EVENTS), "in another form"),
+        (reply(200, event(token_ids="123"), EVENTS), "in another form"),
+        (reply(200, event(logprobs={"content": [{"logprob": math.nan}]}), EVENTS), "another form"),
+        (reply(200, '{"usage": [1]}'), "in another form"),
     ],
 )
 def test_what_will_not_pass_is_said_at_once(failure: Reply, message: str) -> None:
@@ -293,6 +300,20 @@ def test_the_key_is_sent_and_never_told(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(InputError, match="refuses the key in MY_KEY") as caught:
             answers(server, key_variable="MY_KEY")
         assert "sesame" not in str(caught.value)
+
+
+def test_a_key_that_cannot_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
+    with pytest.raises(UsageError, match="OPENAI_API_KEY") as caught:
+        Endpoint("http://127.0.0.1:1")
+    assert "schl" not in str(caught.value)
+
+
+def test_halves_of_characters_are_put_together() -> None:
+    halves = [event(delta={"content": half}) for half in ("\ud83d", "\ude00", "\ud83d!")]
+    text = "".join(halves) + event(finish_reason="length") + USAGE
+    with misbehaving([reply(200, text, EVENTS)]) as server:
+        assert answers(server)[0].text == "\U0001f600\ufffd!"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from contextlib import ExitStack
@@ -15,7 +14,7 @@ from zaya_convert.cli import rsa_options
 from zaya_convert.cli.conversion import open_named
 from zaya_convert.cli.engines import engine_option
 from zaya_convert.cli.output import Output, output_options, printable, table
-from zaya_convert.cli.params import MODEL
+from zaya_convert.cli.params import MODEL, prompt_text
 from zaya_convert.cli.progress import stages_bar
 from zaya_convert.errors import UsageError
 
@@ -64,8 +63,6 @@ def command(
     batch: int | None,
     threads: int | None,
     endpoint: str | None,
-    endpoint_model: str | None,
-    concurrency: int,
     save: Path | None,
     resume: bool,
     overwrite: bool,
@@ -83,6 +80,7 @@ def command(
         raise UsageError("--resume and --overwrite are about the file of --save")
     if endpoint and model is None:
         raise UsageError("name the MODEL behind --endpoint too: tails are cut with its tokenizer")
+    client = rsa_options.client(options)
     checkpoint = open_named(model, out)
     from zaya_convert.rsa import loop, records
     from zaya_convert.rsa.problems import Problem, digest_of
@@ -96,7 +94,7 @@ def command(
         base = rsa_options.fitting(base, checkpoint.config.max_positions)
     settings = rsa_options.changed(base, options)
     if prompt is not None:
-        text = sys.stdin.read() if prompt == "-" else prompt
+        text = prompt_text(prompt)
         if not text.strip():
             raise UsageError("the prompt is empty")
         rows = [Problem("prompt", text)]
@@ -104,7 +102,7 @@ def command(
         rows = rsa_options.read_problems(problems, limit, out)
     made = rsa_options.side(
         "model", checkpoint, out, engine=engine, arithmetic_name=arithmetic, batch=batch,
-        endpoint=endpoint, endpoint_model=endpoint_model, concurrency=concurrency,
+        endpoint=endpoint, client=client,
     )  # fmt: skip
     rsa_options.use_threads(threads, checkpoint)
     started = time.monotonic()

@@ -77,6 +77,21 @@ _ENGINE = (
         show_default=True,
         help="Requests to the server at a time.",
     ),
+    click.option(
+        "--attempts",
+        type=click.IntRange(1),
+        default=6,
+        show_default=True,
+        help="For each request, when the server is busy, fails or cannot be reached.",
+    ),
+    click.option(
+        "--timeout",
+        type=click.FloatRange(0, min_open=True),
+        default=600,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long the server may say nothing before an attempt is given up.",
+    ),
 )
 
 _PROBLEMS = (
@@ -105,13 +120,11 @@ settings_options, engine_options, problem_options = map(options, (_SETTINGS, _EN
 
 
 def changed(settings: Settings, options: Mapping[str, Any]) -> Settings:
-    """Settings with the flags that were given; they are taken out of ``options``.
+    """Settings with the flags that were given.
 
     Raises:
         UsageError: flags that make no sense together.
     """
-    from zaya_convert.runtime.generate import Sampling
-
     given = {name: value for name, value in options.items() if value is not None}
     direct = ("candidates", "tails", "rounds", "budget", "tail", "carry", "select",
               "final_candidates")  # fmt: skip
@@ -123,8 +136,19 @@ def changed(settings: Settings, options: Mapping[str, Any]) -> Settings:
     changes["sampling"] = replace(settings.sampling, **own)
     final = {name: given[f"final_{name}"] for name in names if f"final_{name}" in given}
     if final:
-        changes["final_sampling"] = replace(settings.final_sampling or Sampling(1.0), **final)
+        base = settings.final_sampling or changes["sampling"]
+        changes["final_sampling"] = replace(base, **final)
     return replace(settings, **changes)
+
+
+def client(options: dict[str, Any]) -> dict[str, Any]:
+    """How a server is talked to: the flags about that, taken out of ``options``."""
+    return {
+        "model": options.pop("endpoint_model"),
+        "concurrency": options.pop("concurrency"),
+        "attempts": options.pop("attempts"),
+        "read_timeout": options.pop("timeout"),
+    }
 
 
 def is_bundled(checkpoint: Checkpoint | None) -> bool:
@@ -172,14 +196,13 @@ def side(
     arithmetic_name: str | None = None,
     batch: int | None = None,
     endpoint: str | None = None,
-    endpoint_model: str | None = None,
-    concurrency: int = 8,
-    logprobs: bool = False,
+    client: Mapping[str, Any] | None = None,
 ) -> Side:
     """One model and what runs it.
 
     Args:
         exact_graph: run an ONNX graph without rounding activations.
+        client: how a server is talked to: arguments of ``Endpoint``.
 
     Raises:
         UsageError: flags that make no sense together.
@@ -190,14 +213,14 @@ def side(
         if engine or arithmetic_name or batch:
             raise UsageError("--engine, --arithmetic and --batch are not for a server")
 
+        how_asked = dict(client or {})
+
         def ask() -> Generator:
             from zaya_convert.rsa.endpoint import Endpoint
 
-            return Endpoint(
-                endpoint, model=endpoint_model, concurrency=concurrency, logprobs=logprobs
-            )
+            return Endpoint(endpoint, **how_asked)
 
-        identity = {"endpoint": endpoint, "model": endpoint_model}
+        identity = {"endpoint": endpoint, "model": how_asked.get("model")}
         return Side(name, ask, checkpoint, identity=identity)
     assert checkpoint is not None
     runs = choose_engine(checkpoint, engine)

@@ -97,8 +97,6 @@ def command(
     batch: int | None,
     threads: int | None,
     endpoint: str | None,
-    endpoint_model: str | None,
-    concurrency: int,
     html: Path | None,
     junit: Path | None,
     out: Output,
@@ -111,14 +109,14 @@ def command(
     """
     if candidate is None and endpoint is None:
         raise UsageError("name a CANDIDATE, or a server with --endpoint")
+    client = rsa_options.client(options) | {"logprobs": True}
     opened = None if candidate is None else models.open_model(candidate)
     original = find_reference(opened, reference, out)
     for path in filter(None, (html, junit)):
         path.parent.mkdir(parents=True, exist_ok=True)
     other = rsa_options.side(
         candidate or f"{endpoint}", opened, out, engine=engine, exact_graph=exact,
-        arithmetic_name=arithmetic, batch=batch, endpoint=endpoint, endpoint_model=endpoint_model,
-        concurrency=concurrency, logprobs=True,
+        arithmetic_name=arithmetic, batch=batch, endpoint=endpoint, client=client,
     )  # fmt: skip
     own = rsa_options.side(
         reference or models.BUNDLED.name, original, out, engine="reference",

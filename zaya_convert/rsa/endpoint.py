@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import math
+import operator
 import os
 import random
 import time
@@ -61,7 +63,7 @@ class Endpoint:
         fields: further fields of each request; they win over all others.
 
     Raises:
-        UsageError: ``url`` is none.
+        UsageError: ``url`` is none, or the key cannot be sent.
         InputError: the server cannot be reached, does not know the model or refuses the key.
     """
 
@@ -79,7 +81,9 @@ class Endpoint:
         fields: Mapping[str, Any] | None = None,
     ) -> None:
         self.url = _base(url)
-        self._key_variable, self._key = key_variable, os.environ.get(key_variable, "")
+        self._key_variable, self._key = key_variable, os.environ.get(key_variable, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise UsageError(f"the key in {key_variable} holds characters that no key can have")
         self._concurrency, self._attempts = max(concurrency, 1), max(attempts, 1)
         self._timeout = httpx2.Timeout(read_timeout, connect=connect_timeout)
         self.model, kind = asyncio.run(self._find(model))
@@ -212,9 +216,10 @@ class Endpoint:
             kind = response.headers.get("content-type", "")
             if kind.startswith("text/event-stream"):
                 async for data in _events(response.aiter_lines()):
-                    heard.add(self._parsed(data))
+                    heard.add(self._parsed(data), self.url)
             else:  # a server that does not stream
-                heard.add(self._parsed((await response.aread()).decode("utf-8", "replace")))
+                whole = (await response.aread()).decode("utf-8", "replace")
+                heard.add(self._parsed(whole), self.url)
         return heard.answer(self.url)
 
     def _parsed(self, text: str) -> dict[str, Any]:
@@ -276,27 +281,39 @@ class _Heard:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finished: str = ""
-    usage: Mapping[str, Any] = field(default_factory=dict)
+    prompt_tokens: Any = None
+    new_tokens: Any = None
 
-    def add(self, chunk: Mapping[str, Any]) -> None:
+    def add(self, chunk: Mapping[str, Any], url: str) -> None:
         """Take in a chunk of a stream, or a whole answer.
 
         Raises:
             _Transient: it is an error.
+            InputError: it has another form.
         """
         if chunk.get("error"):
             raise _Transient(f"failed half way: {_complaint(json.dumps(chunk))}")
-        self.usage = chunk.get("usage") or self.usage
+        try:
+            self._take(chunk)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            begin = json.dumps(chunk)[:100]
+            raise InputError(f"answers in another form than OpenAI's API: {begin}", url) from None
+
+    def _take(self, chunk: Mapping[str, Any]) -> None:
         for choice in chunk.get("choices") or ():
             said = choice.get("delta") or choice.get("message") or {}
             self.content += said.get("content") or ""
             self.reasoning += said.get("reasoning_content") or said.get("reasoning") or ""
             self.finished = choice.get("finish_reason") or self.finished
             told = (choice.get("logprobs") or {}).get("content") or ()
-            self.logprobs += [float(token["logprob"]) for token in told]
+            self.logprobs += [_number(token["logprob"]) for token in told]
             # llama-server has its ids beside the logprobs
             ids = choice.get("token_ids") or [token["id"] for token in told if "id" in token]
-            self.tokens += ids
+            self.tokens += map(operator.index, ids)
+        usage = chunk.get("usage")
+        if usage:
+            self.prompt_tokens = usage.get("prompt_tokens")
+            self.new_tokens = usage.get("completion_tokens")
 
     def answer(self, url: str) -> Answer:
         """All of it; the stop token, which servers count and some tell, is left out.
@@ -309,7 +326,7 @@ class _Heard:
             raise _Transient("an answer broke off")
         if self.finished not in ("stop", "length"):
             raise InputError(f"ended an answer with {self.finished!r}", url)
-        prompt, new = (self.usage.get(f"{part}_tokens") for part in ("prompt", "completion"))
+        prompt, new = self.prompt_tokens, self.new_tokens
         if not isinstance(prompt, int) or not isinstance(new, int):
             raise InputError("does not tell how many tokens an answer took (usage)", url)
         kept = max(new - (self.finished == "stop"), 0)
@@ -330,7 +347,16 @@ class _Heard:
     def _text(self) -> str:
         """The text as the model wrote it; a server that took the reasoning out dropped its mark."""
         closed = THINK_CLOSE if self.reasoning and self.content else ""
-        return self.reasoning + closed + self.content
+        text = self.reasoning + closed + self.content
+        # JSON can write half a character, and pieces of a stream each a half of one
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _number(value: Any) -> float:
+    """A number; ``json`` takes NaN and infinities for some too."""
+    if not math.isfinite(value):
+        raise ValueError(value)
+    return float(value)
 
 
 async def _events(lines: AsyncIterator[str]) -> AsyncIterator[str]:
@@ -385,7 +411,7 @@ def _wish(header: str | None) -> float | None:
     if header is None:
         return None
     try:
-        return max(float(header), 0.0)
+        return max(0.0, float(header))  # in this order nan is 0
     except ValueError:
         pass
     try:
