@@ -122,6 +122,12 @@ def test_filters_keep_what_they_should(sampling: Sampling, kept: set[int]) -> No
     assert chosen == kept
 
 
+def test_next_to_no_temperature_is_greedy() -> None:
+    logits = torch.tensor([[-80.0, 3.0, 60.0, 59.0]])
+    noise = torch.eye(4, dtype=torch.float64)[:1]
+    assert choose(logits, Sampling(5e-324), noise).tolist() == [2]
+
+
 def test_samples_follow_the_probabilities(model: Model) -> None:
     from zaya_convert.runtime.generate import _key, _noise
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.runtime.engine import Engine, S
 
+_COLDEST = 1e-290  # of temperatures above 0: logits divided by less would overflow
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -142,6 +144,7 @@ class Decoder(Generic[S]):
     def step(self) -> list[Step]:
         """One more token for every sequence; those that it finishes leave."""
         if not self._rows:
+            self.logits = self.logits[:0]
             return []
         self._run_chosen()
         tokens = self._choose()
@@ -285,7 +288,7 @@ def choose(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
     """
     if noise is None:
         return logits.argmax(-1)
-    scaled = logits.double() / sampling.temperature
+    scaled = logits.double() / max(sampling.temperature, _COLDEST)
     return (_filter(scaled, sampling.top_k, sampling.top_p) + noise).argmax(-1)
 
 

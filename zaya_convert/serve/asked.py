@@ -218,7 +218,7 @@ class _Fields:
         if value is not None and (
             not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
         ):
-            expected = " or ".join(_NAMES[k] for k in kinds)
+            expected = _NAMES[float] if float in kinds else " or ".join(_NAMES[k] for k in kinds)
             raise ApiError(400, f"{name} has to be {expected}", name)
         return value
 
