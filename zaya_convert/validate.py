@@ -133,7 +133,6 @@ def validate(
     Raises:
         InputError: the two are not the same architecture, or a weight is not finite.
     """
-    _check_comparable(reference, candidate)
     tensors, matches = compare_weights(reference, candidate, progress)
     outputs: list[Evaluation] = []
     models: list[Engine[Any]] = [
@@ -256,7 +255,11 @@ def compare_weights(
     """SQNR of every matrix a recipe may quantize, and whether the reference is the real source.
 
     The second is None when the candidate does not say what it was made from.
+
+    Raises:
+        InputError: the two are not the same architecture, or a weight is not finite.
     """
+    _check_comparable(reference, candidate)
     claimed = candidate.manifest.get("source", {}).get("digest")
     digest = SourceDigest()
     scaled = with_scaling(reference, candidate.path)

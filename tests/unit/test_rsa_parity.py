@@ -14,19 +14,21 @@ from torch import Tensor
 from rounding import nearest
 from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.convert import execute
+from zaya_convert.errors import InputError
 from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_convert.models import open_model
 from zaya_convert.plan import make_plan
 from zaya_convert.rsa import forced, report, yardstick
-from zaya_convert.rsa.generator import Answer
+from zaya_convert.rsa.generator import Answer, Request
 from zaya_convert.rsa.local import LocalGenerator
 from zaya_convert.rsa.parity import Plan, parity
-from zaya_convert.rsa.problems import read
+from zaya_convert.rsa.problems import Problem, read
 from zaya_convert.rsa.results import ParityReport
 from zaya_convert.rsa.settings import Settings
 from zaya_convert.rsa.sides import Arithmetic, Side
 from zaya_convert.rsa.verdict import Bounds
 from zaya_convert.runtime.cache import Cache
+from zaya_convert.runtime.generate import Sampling
 from zaya_convert.runtime.model import Model, Output
 from zaya_convert.runtime.tokenizer import Tokenizer
 
@@ -256,6 +258,17 @@ def test_too_little_evidence_is_inconclusive(run: Run, plan: Plan) -> None:
     assert "accuracy in the last round, candidate - reference" in undecided
 
 
+def test_the_same_rollouts_need_no_answers(run: Run, plan: Plan, model: Checkpoint) -> None:
+    riddles = [Problem(str(i), f"Say {i}.", None) for i in range(8)]
+    settings = replace(plan.settings, budget=20, tail=20)
+    few = replace(plan.bounds, min_tokens=200)
+    same = run("reference", problems=riddles, settings=settings, bounds=few)
+    assert same.rounds[0].answered_reference < 1
+    assert same.verdict == "pass"
+    other = run("int2", rounded(model, 2), problems=riddles, settings=settings, bounds=few)
+    assert other.verdict != "pass"
+
+
 def test_bounds_take_the_place_of_the_yardstick(run: Run, plan: Plan) -> None:
     strict = Bounds(max_kl=0, max_kl_p99=0, min_top1=1, min_router=1, min_tokens=1, margin=0.2)
     assert run("reference", bounds=strict).verdict == "pass"
@@ -310,6 +323,8 @@ class Server:
 
 
 def served(run_plan: Plan, model: Checkpoint, weights: Checkpoint, told: bool) -> ParityReport:
+    """A server of ``weights``, which are told to the test or not."""
+
     def load() -> LocalGenerator:
         return LocalGenerator(Arithmetic().model(model), Tokenizer.of(model))
 
@@ -333,3 +348,59 @@ def test_a_server_is_judged_by_its_log_probabilities(plan: Plan, model: Checkpoi
     assert alike.sampled is not None
     assert alike.sampled.kl.value < 1e-9
     assert alike.weights is None
+
+
+def test_a_server_that_was_given_the_references_tails(plan: Plan, model: Checkpoint) -> None:
+    forced_plan = replace(plan, forced=True, settings=BOTH_ROUNDS, problems=plan.problems[:3])
+    found = served(forced_plan, model, rounded(model, 2), told=True)
+    assert found.rounds[0].identical_tails < 1  # so its own tails would have made other prompts
+    assert found.sampled_engine is not None
+    assert found.sampled_engine.kl.value < 1e-9
+
+
+def test_other_prompts_are_pointed_at(run: Run, model: Checkpoint) -> None:
+    class Longer(Server):
+        def generate(self, *arguments: Any, **options: Any) -> list[Answer]:
+            answers = super().generate(*arguments, **options)
+            return [replace(answer, prompt_tokens=answer.prompt_tokens + 1) for answer in answers]
+
+    plan = Plan(
+        read(model.path / "data" / "problems.jsonl", 2), replace(FIRST_ROUND, budget=8, tail=8)
+    )
+    one, other = (
+        Side(kind.__name__, lambda kind=kind: kind(model), model) for kind in (Server, Longer)
+    )
+    found = parity(one, other, plan)
+    assert found.rounds[0].other_prompts == 1
+    assert "prompts: 100.0% of round 0" in pointed_at(found)
+    assert not parity(one, one, plan).rounds[0].other_prompts
+
+
+def test_models_of_other_shapes_are_refused_at_once(model: Checkpoint, plan: Plan) -> None:
+    def never() -> LocalGenerator:
+        raise AssertionError("it is not to be opened")
+
+    fewer = replace(model, config=replace(model.config, experts=model.config.experts - 1))
+    one, other = Side("reference", never, model), Side("other", never, fewer)
+    with pytest.raises(InputError, match="different models"):
+        parity(one, other, plan)
+
+
+class Broken(Model):
+    """An engine whose logits are not numbers."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return torch.full_like(super().logits(hidden), torch.nan)
+
+
+def test_values_that_are_no_numbers(run: Run, model: Checkpoint) -> None:
+    tokenizer = Tokenizer.of(model)
+    traces = [forced.Trace(torch.tensor(tokenizer.encode("1+1=2")), 2, 0, 0)]
+    judge, broken = Arithmetic().model(model), Broken(model)
+    own = forced.evaluate(judge, traces)
+    (reading,) = forced.compare([(judge, own)], forced.whole(broken, traces))
+    assert reading.kl.isinf().all()
+    with pytest.raises(InputError, match="not numbers"):
+        LocalGenerator(broken, tokenizer).generate(
+            [Request("1+1", 1)], budget=2, sampling=Sampling(1.0)
+        )

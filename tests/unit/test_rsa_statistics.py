@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from zaya_convert.rsa import statistics
-from zaya_convert.rsa.verdict import Check, at_least, at_most, enough, verdict
+from zaya_convert.rsa.statistics import mean
+from zaya_convert.rsa.verdict import FAIL, UNDECIDED, Check, at_least, at_most, enough, verdict
 
 
 def of(*values: float) -> statistics.Values:
@@ -58,6 +59,14 @@ def test_the_bootstrap_of_a_mean() -> None:
     assert statistics.mean(values, np.ones(400)) == found
     zero = statistics.mean(of(0, 0), of(3, 5))
     assert (zero.value, zero.low, zero.high) == (0, 0, 0)
+
+
+def test_what_is_infinite_is_so_for_certain() -> None:
+    broken = mean(np.array([1.0, np.inf]), np.ones(2))
+    assert (broken.low, broken.high) == (np.inf, np.inf)
+    assert at_most("x", broken, 5).outcome == FAIL
+    nothing = mean(np.array([1.0, np.nan]), np.ones(2))
+    assert at_most("x", nothing, 5).outcome == UNDECIDED
 
 
 def test_mcnemar() -> None:

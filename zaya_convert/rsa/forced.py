@@ -50,7 +50,7 @@ class Reading:
     """What one engine makes of all tokens of some traces, beside the reference; n positions.
 
     Attributes:
-        kl: KL(reference ‖ candidate) [n], nats, float64.
+        kl: KL(reference ‖ candidate) [n], nats, float64; inf where logits are not numbers.
         same_top1: whether both find the same token most probable [n].
         routes: the classes it chose [L, n], E = skip.
         weights: their probabilities [L, n].
@@ -134,7 +134,8 @@ def compare(
             for at in torch.arange(len(ours)).split(_KL_ROWS):
                 a, b = ours[at, :rows], block.logits[at, :rows]
                 where = block.positions[at]
-                kl[judge, where] = kl_divergence(a, b)
+                divergence = kl_divergence(a, b)
+                kl[judge, where] = divergence.masked_fill(divergence.isnan(), torch.inf)
                 same[judge, where] = a.argmax(-1) == b.argmax(-1)
         done += len(block.positions)
         progress(done, total)

@@ -26,9 +26,14 @@ def checks(report: ParityReport, bounds: Bounds) -> list[Check]:
 
 
 def findings(report: ParityReport, bounds: Bounds) -> list[str]:
-    """What the figures point at, most specific first; nothing when all passed."""
-    failed = {check.name for check in report.checks if check.outcome == FAIL}
-    return list(_findings(report, bounds)) if failed else []
+    """What the figures point at, most specific first.
+
+    Nothing when all passed, but for prompts: other ones make everything else hard to judge.
+    """
+    found = list(_prompt_findings(report))
+    if any(check.outcome == FAIL for check in report.checks):
+        found += _findings(report, bounds)
+    return found
 
 
 def _engine(report: ParityReport, bounds: Bounds) -> Iterator[Check]:
@@ -83,11 +88,14 @@ def _divergence(report: ParityReport, bounds: Bounds) -> Iterator[Check]:
 
 def _answers(report: ParityReport, bounds: Bounds) -> Iterator[Check]:
     last = report.rounds[-1]
-    answered = last.answered_reference > 0
+    # enough tokens that are all the same need no answers to be judged by
+    generated = sum(row.tokens_reference for row in report.rounds)
+    same = generated >= bounds.min_tokens and all(r.identical_traces == 1 for r in report.rounds)
+    answered = same or last.answered_reference > 0
     unknown = Interval(float("nan"), float("-inf"), float("inf"))
     if last.difference is not None:
         right = last.accuracy_reference is not None and last.accuracy_reference.value > 0
-        found = last.difference if right else unknown
+        found = last.difference if same or right else unknown
         yield at_least("accuracy in the last round, candidate - reference", found, -bounds.margin)
     if last.beyond_self is not None:
         found = last.beyond_self if answered else unknown
@@ -125,6 +133,15 @@ def _findings(report: ParityReport, bounds: Bounds) -> Iterator[str]:
     yield from _trace_findings(report)
 
 
+def _prompt_findings(report: ParityReport) -> Iterator[str]:
+    other = report.rounds[0].other_prompts
+    if other:
+        yield (
+            f"prompts: {other:.1%} of round 0 have another number of tokens than the reference's, "
+            "so the chat template or the tokenizer is another one"
+        )
+
+
 def _engine_findings(report: ParityReport, bounds: Bounds) -> Iterator[str]:
     found = report.engine_figures
     if found is None or found.beyond.value <= bounds.max_beyond:
@@ -152,7 +169,13 @@ def _engine_findings(report: ParityReport, bounds: Bounds) -> Iterator[str]:
 
 
 def _weight_findings(report: ParityReport) -> Iterator[str]:
-    if report.weights is None or not report.weights.strangers:
+    if report.weights is None:
+        return
+    if not report.weights.strangers:
+        yield (
+            f"weights: all are the reference's; the coarsest matrix is {report.weights.worst} "
+            f"({report.weights.worst_sqnr_db:.1f} dB)"
+        )
         return
     layers: dict[int, dict[int, float]] = {}
     for _, layer, expert, sqnr in report.weights.strangers:

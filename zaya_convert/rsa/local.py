@@ -6,6 +6,7 @@ the runtime's exact arithmetic this changes no token: a rollout depends on its p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ class LocalGenerator:
         """See ``Generator``.
 
         Raises:
-            InputError: a prompt that leaves no room in the context.
+            InputError: a prompt that leaves no room in the context, or a model that is broken.
         """
         prompts = [prompt_ids(self.tokenizer, request.message) for request in requests]
         self._check(prompts)
@@ -76,6 +77,8 @@ class LocalGenerator:
             steps = decoder.step()
             for step in steps:
                 finished[step.sequence] = step.finished
+                if math.isnan(step.logprob):
+                    raise InputError("the model computes values that are not numbers", self.name)
                 if step.finished != "stop":
                     tokens[step.sequence].append(step.token)
                     logprobs[step.sequence].append(step.logprob)
@@ -93,7 +96,7 @@ class LocalGenerator:
         if longest >= context:
             raise InputError(
                 f"a prompt of {longest} tokens leaves no room in the model's context of {context}; "
-                "use fewer or shorter tails"
+                "use shorter problems, or fewer or shorter tails"
             )
 
     def _affordable(self, length: int) -> int:

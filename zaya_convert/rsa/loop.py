@@ -133,7 +133,7 @@ def run_round(
         population = before[index] if before is not None else []
         for candidate in range(size):
             sources = draw(settings, len(population), (seed, index, number, candidate))
-            message = message_for(problem.text, [population[i].tail for i in sources])
+            message = message_of(problem, population, sources)
             drawn.append(sources)
             requests.append(Request(message, rollout_seed(seed, index, number, candidate)))
     sampling = settings.sampling_of(number)
@@ -148,6 +148,15 @@ def run_round(
         for i, answer in enumerate(answers)
     ]  # fmt: skip
     return [candidates[i : i + size] for i in range(0, len(candidates), size)]
+
+
+def message_of(problem: Problem, before: Sequence[Candidate], sources: Sequence[int]) -> str:
+    """What a candidate is asked.
+
+    Args:
+        before: the population that its sources are of; looked at only where there are sources.
+    """
+    return message_for(problem.text, [before[source].tail for source in sources])
 
 
 def draw(settings: Settings, population: int, key: tuple[int, int, int, int]) -> tuple[int, ...]:

@@ -36,6 +36,8 @@ class RoundPair:
         identical_traces: share of pairs with the same tokens.
         identical_tails: share of pairs with the same tail.
         identical_prompts: share of pairs that were asked the same.
+        other_prompts: share of those whose prompts have different numbers of tokens all the same,
+            so that the two models' tokenizers or chat templates differ.
         first_divergence: of pairs with the same prompt but different tokens, the first position
             where they differ.
         tokens_reference, tokens_candidate: generated.
@@ -54,6 +56,7 @@ class RoundPair:
     identical_traces: float
     identical_tails: float
     identical_prompts: float
+    other_prompts: float
     first_divergence: list[int]
     tokens_reference: int
     tokens_candidate: int
@@ -179,6 +182,7 @@ def _round(runs: Runs, cutter: TailCutter, number: int, forced: bool) -> RoundPa
         identical_traces=float(column("traces").sum() / total),
         identical_tails=float(column("tails").sum() / total),
         identical_prompts=float(column("prompts").sum() / total),
+        other_prompts=float(column("other_prompts").sum() / max(column("prompts").sum(), 1)),
         first_divergence=[position for row in rows for position in row.first],
         tokens_reference=int(column("tokens").sum()),
         tokens_candidate=int(column("tokens_candidate").sum()),
@@ -201,6 +205,7 @@ class _Problem:
     traces: int
     tails: int
     prompts: int
+    other_prompts: int
     tokens: int
     tokens_candidate: int
     longest: int
@@ -232,6 +237,10 @@ class _Problem:
             traces=sum(position is None for position in first),
             tails=sum(a.tail == b.tail for a, b in pairs),
             prompts=sum(asked),
+            other_prompts=sum(
+                alike and a.answer.prompt_tokens != b.answer.prompt_tokens
+                for (a, b), alike in zip(pairs, asked, strict=True)
+            ),
             tokens=sum(a.answer.new_tokens for a, _ in pairs),
             tokens_candidate=sum(b.answer.new_tokens for _, b in pairs),
             longest=max(max(a.answer.prompt_tokens, b.answer.prompt_tokens) for a, b in pairs),

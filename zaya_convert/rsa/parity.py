@@ -29,10 +29,9 @@ from zaya_convert.rsa.evidence import EngineFigures
 from zaya_convert.rsa.forced import Places, Reading, Trace
 from zaya_convert.rsa.generator import Generator
 from zaya_convert.rsa.local import LocalGenerator, prompt_ids
-from zaya_convert.rsa.loop import Round, run
+from zaya_convert.rsa.loop import Round, message_of, run
 from zaya_convert.rsa.pairs import Runs
 from zaya_convert.rsa.problems import Problem, digest_of
-from zaya_convert.rsa.prompts import message_for
 from zaya_convert.rsa.results import ParityReport, WeightFigures
 from zaya_convert.rsa.settings import Settings
 from zaya_convert.rsa.sides import Arithmetic, Side
@@ -81,11 +80,14 @@ def parity(
         reference: must have a checkpoint.
 
     Raises:
-        InputError: prompts that do not fit the context, a damaged file of runs.
+        InputError: models of different shapes, weights that are not finite, prompts that do not
+            fit the context, a damaged file of runs.
     """
     source = reference.checkpoint
     assert source is not None
     cutter = TailCutter(Tokenizer.of(source))
+    # first, because models that cannot be compared are found out here
+    errors = _errors(source, candidate.checkpoint, progress)
     ours, _ = _runs(reference, plan, cutter, progress)
     leader = (reference, ours) if plan.forced else None
     theirs, generator = _runs(candidate, plan, cutter, progress, leader)
@@ -94,7 +96,6 @@ def parity(
     skip = source.config.experts
     own = forced.evaluate(judge, traces, _stage(progress, "reference reads its traces"))
     test = _Reader(traces, Places.of(traces), judge, own, skip, progress)
-    errors = _errors(source, candidate.checkpoint, progress)
     grids = yardstick.grids(source, errors, plan.yardstick_bits)
     coarse = yardstick.rounded(source, grids)
     measure = test.whole(reference.arithmetic.model(coarse, resident=False), "yardstick")
@@ -129,7 +130,8 @@ def parity(
             engine_figures=engine,
         )
     else:
-        told = (cutter.tokenizer, plan.problems, plan.settings, theirs)
+        asked_from = ours if plan.forced else theirs
+        told = (cutter.tokenizer, plan.problems, plan.settings, theirs, asked_from)
         report = replace(report, sampled=sampled.figures(judge, *told))
         if candidate.checkpoint is not None:
             weights = Arithmetic().model(candidate.checkpoint, resident=False)
@@ -166,8 +168,7 @@ def _trace(
 ) -> Trace:
     one = rounds[number][problem][index]
     before = rounds[number - 1][problem] if number else []
-    tails = [before[source].tail for source in one.sources]
-    prompt = prompt_ids(tokenizer, message_for(plan.problems[problem].text, tails))
+    prompt = prompt_ids(tokenizer, message_of(plan.problems[problem], before, one.sources))
     return Trace(torch.tensor([*prompt, *(one.answer.tokens or ())]), len(prompt), problem, number)
 
 

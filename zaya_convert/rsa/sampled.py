@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,8 @@ from torch import Tensor
 
 from zaya_convert.rsa import statistics
 from zaya_convert.rsa.local import prompt_ids
-from zaya_convert.rsa.loop import Round
+from zaya_convert.rsa.loop import Round, message_of
 from zaya_convert.rsa.problems import Problem
-from zaya_convert.rsa.prompts import message_for
 from zaya_convert.rsa.settings import Settings
 from zaya_convert.rsa.statistics import Interval
 from zaya_convert.runtime.engine import Engine
@@ -45,8 +45,13 @@ def figures(
     problems: Sequence[Problem],
     settings: Settings,
     runs: Sequence[Sequence[Round]],
+    asked_from: Sequence[Sequence[Round]],
 ) -> SampledFigures | None:
-    """The estimate, None where a server tells too little or does not sample plainly."""
+    """The estimate, None where a server tells too little or does not sample plainly.
+
+    Args:
+        asked_from: the runs whose tails were in the prompts: its own, or those it was forced to.
+    """
     if settings.sampling != Sampling(1.0, seed=settings.sampling.seed):
         return None
     ids: list[Tensor] = []
@@ -54,24 +59,22 @@ def figures(
     told: list[tuple[float, ...]] = []
     owners: list[int] = []
     tokens = 0
-    for rounds in runs:
+    for rounds, sources in zip(runs, asked_from, strict=True):
         for number, everyone in enumerate(rounds):
-            for row in everyone:
-                for one in row:
-                    answer = one.answer
-                    plain = settings.sampling_of(number) == settings.sampling
-                    if not answer.tokens or answer.logprobs is None or not plain:
-                        continue
-                    if tokens >= _TOKENS:
-                        continue
-                    before = rounds[number - 1][one.problem] if number else []
-                    tails = [before[source].tail for source in one.sources]
-                    prompt = prompt_ids(tokenizer, message_for(problems[one.problem].text, tails))
-                    ids.append(torch.tensor([*prompt, *answer.tokens]))
-                    prompts.append(len(prompt))
-                    told.append(answer.logprobs)
-                    owners.append(one.problem)
-                    tokens += answer.new_tokens
+            if settings.sampling_of(number) != settings.sampling:
+                continue
+            for one in chain.from_iterable(everyone):
+                answer = one.answer
+                if not answer.tokens or answer.logprobs is None or tokens >= _TOKENS:
+                    continue
+                before = sources[number - 1][one.problem] if number else []
+                asked = message_of(problems[one.problem], before, one.sources)
+                prompt = prompt_ids(tokenizer, asked)
+                ids.append(torch.tensor([*prompt, *answer.tokens]))
+                prompts.append(len(prompt))
+                told.append(answer.logprobs)
+                owners.append(one.problem)
+                tokens += answer.new_tokens
     if not ids:
         return None
     hidden = reference.evaluate(ids).hidden

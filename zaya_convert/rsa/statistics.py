@@ -66,6 +66,8 @@ def bootstrap(
 ) -> Interval:
     """A statistic of sums over problems, and its bootstrap interval.
 
+    One that is infinite is so for certain, one that is nan could be anything.
+
     Args:
         columns: numbers of each problem.
         statistic: given the sums of the columns, for many draws at once.
@@ -77,7 +79,9 @@ def bootstrap(
     with np.errstate(invalid="ignore", divide="ignore"):
         drawn = statistic(*(weights @ table).T)
     drawn = drawn[np.isfinite(drawn)]
-    if not math.isfinite(value) or not len(drawn):
+    if math.isinf(value):
+        return Interval(value, value, value)
+    if math.isnan(value) or not len(drawn):
         return Interval(value, -math.inf, math.inf)
     low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(value, float(low), float(high))
