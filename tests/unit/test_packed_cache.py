@@ -134,6 +134,16 @@ def test_another_file_is_another_entry(artifact: Checkpoint, place: Path) -> Non
     assert files(place).count(".bin") == 2
 
 
+def test_other_bytes_of_the_same_size_and_time(artifact: Checkpoint, place: Path) -> None:
+    logits(artifact)
+    (file,) = artifact.files
+    times = file.stat()
+    file.write_bytes(file.read_bytes())
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    logits(artifact)
+    assert files(place).count(".bin") == 2
+
+
 def damage(cut: int, at: int = -1) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         data = bytearray(path.read_bytes())

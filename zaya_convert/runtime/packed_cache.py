@@ -2,7 +2,7 @@
 
 ``~/.cache/zaya-convert/packed/KEY.bin`` (``$XDG_CACHE_HOME``, ``$ZAYA_CONVERT_CACHE``): a page that
 names the key, then the bytes of every packed matrix in the order of the model, each aligned. The
-key is over the manifest, the size and time of every weight file, what is packed in which form, and
+key is over the manifest, the size and times of every weight file, what is packed in which form, and
 the version of the kernels' layout; when a file is opened, one small matrix of each grid is packed
 anew and compared. Files appear whole or not at all. One process builds, others wait for it.
 
@@ -130,6 +130,8 @@ def _key(checkpoint: Checkpoint, entries: Sequence[Wanted]) -> str:
         "version": layout_version(),
         "manifest": hashlib.sha256(manifest.encode()).hexdigest(),
         "files": checkpoint.stamp(),
+        # archives and copies keep times of modification; nothing keeps this one
+        "changed": [path.stat().st_ctime_ns for path in checkpoint.files],
         "matrices": [[str(e.key), list(e.shape), asdict(e.spec)] for e in entries],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
