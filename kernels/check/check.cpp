@@ -39,7 +39,7 @@ double uniform(double low, double high) {
 uint16_t half(float value) {  // of normal numbers that fp16 has
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
-    return static_cast<uint16_t>((bits >> 16 & 0x8000) | ((bits & 0x7FFFFFFF) >> 13) - (112 << 10));
+    return static_cast<uint16_t>((bits >> 16 & 0x8000) | (((bits & 0x7FFFFFFF) >> 13) - (112 << 10)));
 }
 
 float rounded(double value) {  // to what every type of scale can hold

@@ -252,6 +252,7 @@ struct Task {
     int64_t count;    // of rows
     int64_t start;    // column
     int64_t columns;  // of the span
+    int64_t limbs;    // of rows
     const uint8_t* codes;  // of the first tile
     int64_t tile_step;     // bytes from tile to tile
     float* out;            // [tiles, count, 16], added to
@@ -268,7 +269,7 @@ ZK_INLINE int32_t word(const int8_t* codes) { return load<int32_t>(codes); }
 
 // Adds to acc the dot products of a block's codes with those of each row.
 template <typename G, int R, int T>
-ZK_INLINE void dots(const uint8_t* codes, int64_t tile_step, const Block* const* x, int limb,
+ZK_INLINE void dots(const uint8_t* codes, int64_t tile_step, const Block* const* x, int64_t limb,
                     I (*acc)[R][G::HALVES][kParts]) {
 #pragma GCC unroll 8
     for (int i = 0; i < G::kWords; i++) {
@@ -313,14 +314,14 @@ ZK_INLINE I start_of(const Block& x, int half) {
     return G::kWide ? start << 4 : start;
 }
 
-template <typename G, int LIMBS, int R, int T>
+template <typename G, int R, int T>
 void one_span(const Task& task, const Scales<T>& scales, int64_t row) {
     constexpr bool kHeld = T * R * kParts <= 8;  // sums in registers, else in L1
     const Block* x[R];
-    const int64_t row_blocks = task.rows.columns / kBlock * LIMBS;
+    const int64_t limbs = task.limbs, row_blocks = task.rows.columns / kBlock * limbs;
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-        x[r] = task.rows.blocks + (task.first + row + r) * row_blocks + task.start / kBlock * LIMBS;
+        x[r] = task.rows.blocks + (task.first + row + r) * row_blocks + task.start / kBlock * limbs;
     const auto sum_at = [&](int t, int r, int part) {
         return task.out + (t * task.count + row + r) * kTile + W * part;
     };
@@ -337,10 +338,9 @@ void one_span(const Task& task, const Scales<T>& scales, int64_t row) {
     const int64_t handfuls = T > 1 && task.ahead ? ceil_div(task.count, R) : 0;
     const int64_t each = handfuls > 1 ? ceil_div(G::BITS, handfuls) : 0;
     const int64_t line = row / R * each, last_line = std::min<int64_t>(line + each, G::BITS);
-    const uint8_t* ahead = task.ahead;
+    int64_t ahead = 0;  // bytes from task.ahead
     for (int64_t block = 0; block < task.columns / kBlock; block++) {
-#pragma GCC unroll 3
-        for (int limb = 0; limb < LIMBS; limb++) {
+        for (int64_t limb = 0; limb < limbs; limb++) {
             I acc[T][R][G::HALVES][kParts];
 #pragma GCC unroll 4
             for (int t = 0; t < T; t++)
@@ -380,11 +380,11 @@ void one_span(const Task& task, const Scales<T>& scales, int64_t row) {
         if constexpr (T > 1) {
             for (int64_t i = line; i < last_line; i++)
                 for (int t = 0; t < T; t++)
-                    __builtin_prefetch(ahead + t * task.tile_step + i * kLine, 0, 2);
+                    __builtin_prefetch(task.ahead + ahead + t * task.tile_step + i * kLine, 0, 2);
             ahead += kLine * G::BITS;
         }
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) x[r] += LIMBS;
+        for (int r = 0; r < R; r++) x[r] += limbs;
     }
     if (kHeld)
         for (int t = 0; t < T; t++)
@@ -396,16 +396,16 @@ void one_span(const Task& task, const Scales<T>& scales, int64_t row) {
 // ---- all rows ------------------------------------------------------------------------------------
 
 // Takes R rows as often as they are there, the rest in smaller handfuls.
-template <typename G, int LIMBS, int R, int T>
+template <typename G, int R, int T>
 void all_rows(const Task& task, const Scales<T>& scales, int64_t row) {
-    for (; task.count - row >= R; row += R) one_span<G, LIMBS, R, T>(task, scales, row);
+    for (; task.count - row >= R; row += R) one_span<G, R, T>(task, scales, row);
     if constexpr (R > 1)
-        if (row < task.count) all_rows<G, LIMBS, R - 1, T>(task, scales, row);
+        if (row < task.count) all_rows<G, R - 1, T>(task, scales, row);
 }
 
-template <typename G, int LIMBS, int T>
-void some_tiles(const Matrix& m, int64_t tile, const Rows& rows, int64_t first, int64_t count,
-                float* out) {
+template <typename G, int T>
+void some_tiles(const Matrix& m, int64_t tile, int64_t limbs, const Rows& rows, int64_t first,
+                int64_t count, float* out) {
     const int64_t step = tile_bytes(m);
     const uint8_t* span = m.data + tile * step;
     const uint8_t* next = tile + 2 * T <= zk::tiles(m) ? span + T * step : nullptr;
@@ -419,42 +419,42 @@ void some_tiles(const Matrix& m, int64_t tile, const Rows& rows, int64_t first, 
         const bool last = start + kSpan >= rows.columns;
         const uint8_t* ahead = last ? next : span + at.end;
         if (ahead != nullptr) ahead += at.codes;
-        const Task task{m, rows, first, count, start, columns, span + at.codes, step, out, ahead};
-        all_rows<G, LIMBS, kRows, T>(task, scales, 0);
+        const uint8_t* codes = span + at.codes;
+        const Task task{m, rows, first, count, start, columns, limbs, codes, step, out, ahead};
+        all_rows<G, kRows, T>(task, scales, 0);
         span += at.end;
     }
 }
 
 // Several tiles at once share the broadcasts of activations.  Where weights are read for few rows it
 // is one tile after the other: several streams are slower than one.
-template <typename G, int LIMBS>
-void all_tiles(const Matrix& m, int64_t tile, int64_t tiles, const Rows& rows, int64_t first,
-               int64_t count, float* out) {
+template <typename G>
+void all_tiles(const Matrix& m, int64_t tile, int64_t tiles, int64_t limbs, const Rows& rows,
+               int64_t first, int64_t count, float* out) {
     while (tiles > 0) {
         const bool several = kTiles > 1 && tiles >= kTiles && count >= kRows;
         const int64_t taken = several ? kTiles : 1;
-        if (several) some_tiles<G, LIMBS, kTiles>(m, tile, rows, first, count, out);
-        else some_tiles<G, LIMBS, 1>(m, tile, rows, first, count, out);
+        if (several) some_tiles<G, kTiles>(m, tile, limbs, rows, first, count, out);
+        else some_tiles<G, 1>(m, tile, limbs, rows, first, count, out);
         tile += taken;
         tiles -= taken;
         out += taken * count * kTile;
     }
 }
 
-template <int LIMBS>
-decltype(&all_tiles<Grid<4, false, false, 1>, 1>) chosen(const Matrix& m) {
+decltype(&all_tiles<Grid<4, false, false, 1>>) chosen(const Matrix& m) {
     const bool offsets = m.form == kZeroPoints || m.form == kMinima;
     if (m.form == kLevels)
-        return m.group == 16 ? all_tiles<Grid<4, true, true, 2>, LIMBS>
-                             : all_tiles<Grid<4, true, false, 1>, LIMBS>;
+        return m.group == 16 ? all_tiles<Grid<4, true, true, 2>>
+                             : all_tiles<Grid<4, true, false, 1>>;
     if (m.group == 16)
-        return m.bits == 4 ? all_tiles<Grid<4, false, true, 2>, LIMBS>
-                           : all_tiles<Grid<8, false, true, 2>, LIMBS>;
+        return m.bits == 4 ? all_tiles<Grid<4, false, true, 2>>
+                           : all_tiles<Grid<8, false, true, 2>>;
     if (offsets)
-        return m.bits == 4 ? all_tiles<Grid<4, false, true, 1>, LIMBS>
-                           : all_tiles<Grid<8, false, true, 1>, LIMBS>;
-    return m.bits == 4 ? all_tiles<Grid<4, false, false, 1>, LIMBS>
-                       : all_tiles<Grid<8, false, false, 1>, LIMBS>;
+        return m.bits == 4 ? all_tiles<Grid<4, false, true, 1>>
+                           : all_tiles<Grid<8, false, true, 1>>;
+    return m.bits == 4 ? all_tiles<Grid<4, false, false, 1>>
+                       : all_tiles<Grid<8, false, false, 1>>;
 }
 
 // ---- activations ---------------------------------------------------------------------------------
@@ -542,8 +542,7 @@ void prepare(const float* x, int64_t columns, bool fast, const Rows& rows, int64
 
 void multiply(const Matrix& m, int64_t tile, int64_t tiles, bool fast, const Rows& rows,
               int64_t first, int64_t count, float* out) {
-    const auto body = fast ? chosen<1>(m) : chosen<kLimbs>(m);
-    body(m, tile, tiles, rows, first, count, out);
+    chosen(m)(m, tile, tiles, limbs_of(fast), rows, first, count, out);
 }
 
 void swiglu(float* gate, const float* up, int64_t count) {
