@@ -14,9 +14,6 @@
 namespace zk {
 namespace {
 
-constexpr int64_t kRows = 64;     // of activations that meet a tile at once
-constexpr int64_t kTiles = 16;    // of gate before the same of up: two long streams
-constexpr int64_t kFewRows = 4;   // for which that pays
 constexpr int32_t kPadding = -1;  // the route of a token that is none
 
 bool packed(const Matrix& m) { return m.bits <= 8; }
@@ -449,7 +446,6 @@ private:
     // silu(gate x) * up x of a share's rows, for some tiles, to `inner`.
     void gate_up(const Share& share, int64_t begin, int64_t end, const Input& in, int64_t width) {
         alignas(kLine) float gate[kTogether * kRows * kTile], up[kTogether * kRows * kTile];
-        static_assert(kTiles * kFewRows <= kTogether * kRows, "gate holds either");
         const int64_t group = share.end - share.begin <= kFewRows ? kTiles : kTogether;
         for (; begin < end; begin += group) {
             const int64_t stop = std::min(begin + group, end);

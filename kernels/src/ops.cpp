@@ -5,9 +5,6 @@
 namespace zk {
 namespace {
 
-constexpr int64_t kRows = 64;         // of activations that meet a tile at once
-constexpr int64_t kTiles = 16;        // of gate before the same of up: two long streams
-constexpr int64_t kFewRows = 4;       // for which that pays
 constexpr int64_t kAlone = 16 << 10;  // bytes of weights that are not worth a second thread
 
 constexpr int64_t some_tiles(int64_t left) { return left < kTogether ? left : kTogether; }
@@ -60,7 +57,6 @@ void gate_up(const Kernels& kernels, bool fast, const Run& run, int64_t begin, i
         }
     }
 }
-static_assert(kTiles * kFewRows <= kTogether * kRows, "gate holds either");
 
 void down(const Kernels& kernels, bool fast, const Run& run, int64_t begin, int64_t end,
           int64_t origin, const Rows& rows, const int64_t* order, const float* weights,

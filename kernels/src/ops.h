@@ -18,6 +18,12 @@ namespace zk {
 
 constexpr int64_t kAnything = int64_t{1} << 40;  // no bound on the ranges of Team::run
 
+// How products walk, here and in the decode step.
+constexpr int64_t kRows = 64;    // of activations that meet a tile at once
+constexpr int64_t kTiles = 16;   // of gate before the same of up: two long streams
+constexpr int64_t kFewRows = 4;  // for which that pays
+static_assert(kTiles * kFewRows <= kTogether * kRows, "buffers of kTogether * kRows hold either");
+
 // Memory of one op at a time, kept from call to call: fresh pages would cost more than many a
 // product.
 class Scratch {
