@@ -11,7 +11,7 @@ import torch
 from nano import NANO_SKIP_BIAS, Nano, Stored, Surgery, safetensors_bytes
 from synthetic import nano_config, write_checkpoint
 from zaya_convert.config import ModelConfig
-from zaya_convert.runtime.walk import one_thread_each
+from zaya_convert.threads import one_thread_each
 
 ROOT = Path(__file__).resolve().parent.parent
 

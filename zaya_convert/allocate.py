@@ -15,7 +15,6 @@ import heapq
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,8 +25,8 @@ from zaya_convert.errors import InputError, UsageError
 from zaya_convert.export import Packing, packing
 from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_convert.recipe import Recipe, Rule
-from zaya_convert.runtime.walk import one_thread_each
 from zaya_convert.stats import Stats
+from zaya_convert.threads import Threads, one_thread_each
 from zaya_quant.methods import method
 from zaya_quant.spec import BLOCK_GRIDS, BlockSpec, QuantSpec, Spec, fitting
 
@@ -128,7 +127,7 @@ def allocate(
         return sum(region.bytes for found in regions for region in found.values())
 
     matrices = [(group, info) for group in groups.values() for info in group.infos]
-    with one_thread_each(), ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+    with one_thread_each(), Threads(threads or os.cpu_count() or 1) as pool:
         for done, ((group, _), costs) in enumerate(
             zip(matrices, pool.map(measure, matrices), strict=True), 1
         ):

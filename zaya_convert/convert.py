@@ -13,8 +13,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +28,8 @@ from zaya_convert.layout import TensorKey
 from zaya_convert.plan import Plan, Step
 from zaya_convert.prefix import Prefix, on_prefix
 from zaya_convert.publish import Journal, Workspace, io_errors, workspace
-from zaya_convert.runtime.walk import Walk, one_thread_each
+from zaya_convert.runtime.walk import Walk
+from zaya_convert.threads import Threads, one_thread_each
 from zaya_convert.work import Record, Worker
 from zaya_quant.methods import METHODS
 
@@ -38,9 +38,6 @@ Progress = Callable[[int], None]
 _JOURNAL_SECONDS = 2.0
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 _KEPT_BYTES = 256 << 20
-# Steps submitted ahead: enough to keep the workers busy while the journal waits for the disk. Only
-# running steps hold memory.
-_IN_FLIGHT = 512
 _WALK, _STREAMS = "walk", "streams"  # folders of a run in progress
 
 
@@ -221,8 +218,11 @@ class _Run:
         # is read once more at the end.
         large = source.bytes > _physical_memory() // 2
 
-        def work(step: Step) -> Record | str:
-            result = self.worker.check(step) if on_prefix(step) else self.worker.run(step)
+        def work(step: Step) -> Record | str | InputError:
+            try:
+                result = self.worker.check(step) if on_prefix(step) else self.worker.run(step)
+            except InputError as error:
+                return error
             if large:
                 source.forget(step.key)
             return result
@@ -236,12 +236,10 @@ class _Run:
                 todo.append(step)
         problems: dict[TensorKey, list[str]] = {}
         flushed = time.monotonic()
-        with ThreadPoolExecutor(threads) as pool:
-            for step, future in _bounded(pool, work, todo, _IN_FLIGHT):
-                try:
-                    result = future.result()
-                except InputError as error:
-                    problems[step.key] = error.problems
+        with Threads(threads) as pool:
+            for step, result in pool.each(work, todo):
+                if isinstance(result, InputError):
+                    problems[step.key] = result.problems
                     continue
                 if isinstance(result, str):
                     self.digests[str(step.key)] = result
@@ -297,25 +295,6 @@ class _Run:
         if str(step.key) not in self._counted:
             self._counted.add(str(step.key))
             self.progress(self.plan.source.infos[step.key].bytes)
-
-
-def _bounded(
-    pool: ThreadPoolExecutor, work: Callable[[Step], Any], steps: list[Step], limit: int
-) -> Iterator[tuple[Step, Future[Any]]]:
-    """Yield finished steps while never having more than ``limit`` in flight."""
-    running: dict[Future[Any], Step] = {}
-    queue = iter(steps)
-    try:
-        while True:
-            while len(running) < limit and (step := next(queue, None)) is not None:
-                running[pool.submit(work, step)] = step
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future
-    finally:
-        for future in running:
-            future.cancel()
 
 
 def _keep_freed_memory() -> None:
@@ -439,6 +418,6 @@ def _describe(
     def digest_of(name: str) -> manifest.FileDigest:
         return replace(manifest.digest_file(place.partial / name, known), name=name)
 
-    with ThreadPoolExecutor(threads) as pool:
+    with Threads(threads) as pool:
         digests = list(pool.map(digest_of, (*names, *files)))
     (place.partial / manifest.NAME).write_bytes(manifest.build(facts, digests))

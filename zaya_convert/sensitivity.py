@@ -18,7 +18,6 @@ and a bf16 copy of the streams.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +27,9 @@ from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.runtime.attention import Batch, attend, project
 from zaya_convert.runtime.model import residual
 from zaya_convert.runtime.router import rms_norm, route
-from zaya_convert.runtime.walk import SITES, Matrices, Pieces, Site, Spread, Walk, one_thread_each
+from zaya_convert.runtime.walk import SITES, Matrices, Pieces, Site, Spread, Walk
 from zaya_convert.runtime.weights import Parts, Weights
+from zaya_convert.threads import Threads, one_thread_each
 from zaya_kernels.reference import Expert
 
 TOKENS = 4096  # of the calibration tokens, the first that many
@@ -61,7 +61,7 @@ def measure(
         walk.step(reader)
         progress("measuring sensitivity", walk.layer, 2 * layers)
     result: dict[str, Tensor] = {}
-    with one_thread_each(), ThreadPoolExecutor(threads) as pool:
+    with one_thread_each(), Threads(threads) as pool:
         backward = _Backward(checkpoint, walk.spans, pool)
         gradient = backward.of_head(walk.state[0], seed)
         carried: Tensor | None = None
@@ -98,9 +98,7 @@ class _Reader:
 class _Backward:
     """Gradients, from the head down."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, spans: Sequence[slice], pool: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, spans: Sequence[slice], pool: Threads) -> None:
         self.config, self.spans, self.pool = checkpoint.config, spans, pool
         self.weights = Weights(checkpoint, torch.float32, torch.float32, resident=False)
 

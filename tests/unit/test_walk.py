@@ -32,8 +32,8 @@ from zaya_convert.runtime.walk import (
     Walk,
     check_finite_share,
     finite_rows,
-    one_thread_each,
 )
+from zaya_convert.threads import one_thread_each
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

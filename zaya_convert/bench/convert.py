@@ -17,12 +17,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.errors import InputError
+from zaya_convert.threads import Threads
 
 BLOCK = 8 << 20
 
@@ -85,7 +85,7 @@ def measure_convert(
 def ceiling(files: Sequence[Path], hashing: bool) -> float:
     """MB/s of reading all files, one thread per core."""
     started = time.perf_counter()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with Threads(os.cpu_count() or 1) as pool:
         total = sum(pool.map(lambda path: _read_file(path, hashing), files))
     return total / 1e6 / (time.perf_counter() - started)
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from types import FrameType
 
 import click
 from click.exceptions import NoArgsIsHelpError
 
 from zaya_convert import __version__
 from zaya_convert.cli.output import complain, discard_stdout
+from zaya_convert.cli.signals import Terminated, interruptible
 from zaya_convert.errors import EXIT_CODES, ZayaConvertError
 
 PROGRAM = "zaya-convert"
@@ -59,10 +58,6 @@ EPILOG = "\n\n".join(
 
 
 _PREFIX = "ZAYA_CONVERT"
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM; a ``KeyboardInterrupt`` so that whatever handles one handles the other."""
 
 
 class LazyGroup(click.Group):
@@ -141,8 +136,8 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     try:
-        signal.signal(signal.SIGTERM, _terminate)
-        code = cli.main(list(arguments), prog_name=PROGRAM, standalone_mode=False)
+        with interruptible():
+            code = cli.main(list(arguments), prog_name=PROGRAM, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except click.Abort as stop:
         return _stopped(stop.__cause__)
@@ -182,10 +177,6 @@ def _named_environment(command: click.Command, name: str) -> click.Command:
             option.envvar = "_".join(words).replace("-", "_").upper()
             option.allow_from_autoenv = False
     return command
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
 
 
 def _stopped(cause: BaseException | None) -> int:

@@ -22,8 +22,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -40,6 +38,7 @@ from zaya_convert.runtime.attention import Batch, attend, project
 from zaya_convert.runtime.model import residual
 from zaya_convert.runtime.router import rms_norm, route
 from zaya_convert.runtime.weights import Parts, Weights
+from zaya_convert.threads import Threads, one_thread_each
 from zaya_kernels.table import Request, choose
 
 ROWS = 2048  # rows of a piece of work that may be cut anywhere
@@ -198,7 +197,7 @@ class Walk:
             InputError: more than 1 % of the rows are not finite any more.
         """
         parts = self._weights.small_parts(self.layer)
-        with one_thread_each(), ThreadPoolExecutor(self.threads) as pool:
+        with one_thread_each(), Threads(self.threads) as pool:
             self._attention(parts, visitor, pool)
             self._router(parts, pool)
             self._experts(parts, visitor, pool)
@@ -248,7 +247,7 @@ class Walk:
 
     # ---- the parts of a layer ---------------------------------------------------------------
 
-    def _attention(self, parts: Parts, visitor: Visitor, pool: ThreadPoolExecutor) -> None:
+    def _attention(self, parts: Parts, visitor: Visitor, pool: Threads) -> None:
         eps, norm = self.config.eps, parts["input_layernorm.weight"]
 
         def normed(lane: Lane, span: slice) -> Tensor:
@@ -282,7 +281,7 @@ class Walk:
 
             list(pool.map(add, self.spans))
 
-    def _router(self, parts: Parts, pool: ThreadPoolExecutor) -> None:
+    def _router(self, parts: Parts, pool: Threads) -> None:
         norm, eps = parts["post_attention_layernorm.weight"], self.config.eps
         for lane in self._lanes:
 
@@ -296,7 +295,7 @@ class Walk:
 
             list(pool.map(choose, _cut(self.tokens)))
 
-    def _experts(self, parts: Parts, visitor: Visitor, pool: ThreadPoolExecutor) -> None:
+    def _experts(self, parts: Parts, visitor: Visitor, pool: Threads) -> None:
         norm, eps = parts["post_attention_layernorm.weight"], self.config.eps
         updates = [torch.zeros_like(lane.x) for lane in self._lanes]
         sample = self._sample()
@@ -476,14 +475,3 @@ def _digest(ids: Tensor, spans: Sequence[slice]) -> str:
 
 def _cut(tokens: int) -> list[slice]:
     return [slice(start, min(start + ROWS, tokens)) for start in range(0, tokens, ROWS)]
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Let torch use one thread: parallelism is over pieces of work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
