@@ -221,6 +221,11 @@ class Checkpoint:
         return (self.path / "tokenizer.json").is_file() or "tokenizer.json" in self.side_files()
 
     @property
+    def made_from(self) -> Mapping[str, str]:
+        """``model`` and ``digest`` of an artifact's source, "" where unknown; {} for others."""
+        return self.manifest.get("source", {})
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """The weight files, sorted."""
         return tuple(sorted({p.file for i in self.infos.values() for p in i.pieces.values()}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     total = checkpoint.weights
     size = checkpoint.bytes
     config = asdict(checkpoint.config)
-    source = checkpoint.manifest.get("source")
     return {
         "path": str(checkpoint.path),
         "layout": checkpoint.format,
@@ -37,7 +35,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "quantized": any(info.spec for info in infos.values()),
         "files": [path.name for path in checkpoint.files],
         "tokenizer": checkpoint.has_tokenizer,
-        "source": dict(source) if isinstance(source, Mapping) else {},
+        "source": dict(checkpoint.made_from),
         "notes": list(checkpoint.notes),
         "problems": [],
     }  # fmt: skip

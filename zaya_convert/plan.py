@@ -89,7 +89,7 @@ class Plan:
     @property
     def source_digest(self) -> str | None:
         """Digest of the float model behind the source; "" unknown, None when it is the source."""
-        inherited = self.source.manifest.get("source", {}).get("digest")
+        inherited = self.source.made_from.get("digest")
         quantized = any(info.spec for info in self.source.infos.values())
         return inherited or ("" if quantized else None)
 

@@ -260,7 +260,7 @@ def compare_weights(
         InputError: the two are not the same architecture, or a weight is not finite.
     """
     _check_comparable(reference, candidate)
-    claimed = candidate.manifest.get("source", {}).get("digest")
+    claimed = candidate.made_from.get("digest")
     digest = SourceDigest()
     scaled = with_scaling(reference, candidate.path)
     errors: list[TensorError] = []

@@ -2,16 +2,12 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
 from cli.running import Run, Zaya
 from nano import Nano
-from zaya_convert.cli.export import _origin_of
-from zaya_convert.inspect import describe
 from zaya_convert.models import open_model
 from zaya_quant.qtensor import QuantTensor
 
@@ -75,11 +71,3 @@ def test_what_overrules_a_config_is_noted(zaya: Zaya, nano: Nano, tmp_path: Path
     assert zaya("export", lying, *out, "-q").err == ""
     assert "num_hidden_layers" in zaya("quantize", lying, "--dry-run").err
     assert zaya("inspect", lying).err == ""  # there they are part of the result
-
-
-@pytest.mark.parametrize("source", [None, "zaya1-tiny", [1], {"model": 5}, {}])
-def test_a_manifest_with_an_odd_source_has_no_origin(artifact: Path, source: object) -> None:
-    opened = open_model(str(artifact))
-    odd = replace(opened, manifest={**opened.manifest, "source": source})
-    assert _origin_of(odd.manifest) == ""
-    assert describe(odd)["source"] == (source if isinstance(source, dict) else {})

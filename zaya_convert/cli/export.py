@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -46,17 +45,11 @@ def command(model: str, format: str, kind: str | None, out: Output, **options: A
     source = open_named(model, out)
     from zaya_convert.plan import make_plan
 
-    origin = writing.base_model or models.origin(model) or _origin_of(source.manifest)
+    # An artifact of an artifact keeps the name of the model they both come from.
+    origin = writing.base_model or models.origin(model) or source.made_from.get("model", "")
     recipe = recipes.adjusted(recipes.for_type(kind), method="absmax") if kind else None
     plan = make_plan(source, recipe, writing.target, writing.shard_size, origin)
     name = kind.upper() if kind else plan.main_type if format == "gguf" else writing.target
     suffix = f"{name}.gguf" if format == "gguf" else name
     output = writing.output or default_output(source, model, suffix)
     carry_out(plan, output, model, writing, out)
-
-
-def _origin_of(manifest: Any) -> str:
-    """An artifact of an artifact keeps the name of the model they both come from."""
-    source = manifest.get("source") if isinstance(manifest, Mapping) else None
-    name = source.get("model") if isinstance(source, Mapping) else None
-    return name if isinstance(name, str) else ""

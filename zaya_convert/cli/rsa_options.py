@@ -155,8 +155,7 @@ def is_bundled(checkpoint: Checkpoint | None) -> bool:
     """Whether a model is the bundled one, or was made from it."""
     if checkpoint is None:
         return False
-    source = checkpoint.manifest.get("source")
-    known = source.get("model") if isinstance(source, Mapping) else None
+    known = checkpoint.made_from.get("model")
     return checkpoint.path.resolve() == models.BUNDLED or known == models.BUNDLED.name
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,8 +141,7 @@ def find_reference(candidate: Checkpoint | None, name: str | None, out: Output) 
     """
     if name is not None:
         return models.open_model(name)
-    source = None if candidate is None else candidate.manifest.get("source")
-    known = source.get("model") if isinstance(source, Mapping) else None
+    known = None if candidate is None else candidate.made_from.get("model")
     if known != models.BUNDLED.name:
         hint = f" (it was made from {known})" if known else ""
         raise UsageError(f"pass --reference MODEL: the model the candidate was made from{hint}")
