@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from zaya_convert.cli.output import Output, table
-from zaya_convert.cli.params import Size
+from zaya_convert.cli.params import Size, together
 from zaya_convert.cli.progress import stages_bar
 from zaya_convert.errors import InputError
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from zaya_convert.checkpoint import Checkpoint
     from zaya_convert.stats import Stats
 
-_OPTIONS = (
+# Of every command that calibrates.
+calibration_options = together(
     click.option(
         "--data",
         metavar="FILE|NAME",
@@ -78,13 +79,6 @@ class Calibration:
     seed: int
     max_memory: int
     on_uncovered: str
-
-
-def calibration_options(function: Callable[..., None]) -> Callable[..., None]:
-    """The options of every command that calibrates."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
 
 
 def run(

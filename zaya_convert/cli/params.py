@@ -47,7 +47,21 @@ def prompt_text(given: str) -> str:
     return text
 
 
-_WRITING = (
+def together(
+    *options: Callable[..., Any],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Several options as one decorator."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+# Of every command that writes a model.
+writing_options = together(
     click.option(
         "--packing",
         type=click.Choice(FORMATS["safetensors"]),
@@ -76,10 +90,3 @@ _WRITING = (
     click.option("--resume", is_flag=True, help="Continue an interrupted run."),
     click.option("--overwrite", is_flag=True, help="Replace an existing artifact when done."),
 )
-
-
-def writing_options(function: Callable[..., None]) -> Callable[..., None]:
-    """The options of every command that writes a model."""
-    for option in reversed(_WRITING):
-        function = option(function)
-    return function

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import click
 from zaya_convert import models
 from zaya_convert.cli.engines import ONNXRUNTIME, choose_engine
 from zaya_convert.cli.output import Output
+from zaya_convert.cli.params import together
 from zaya_convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ EXACT, FLOAT32, BFLOAT16, FAST = "exact", "float32", "bfloat16", "fast"
 _SMALL = 100_000_000  # weights
 _EXACT_BYTES = 8  # of a weight in float64
 
-_SETTINGS = (
+settings_options = together(
     click.option("-N", "--candidates", type=click.IntRange(1), help="Rollouts in each round."),
     click.option("-C", "--tails", type=click.IntRange(1), help="Tails in an aggregation prompt."),
     click.option("-T", "--rounds", type=click.IntRange(0), help="Aggregation rounds."),
@@ -54,7 +55,7 @@ _SETTINGS = (
     click.option("--final-top-k", type=click.IntRange(0)),
 )
 
-_ENGINE = (
+engine_options = together(
     click.option(
         "--arithmetic",
         type=click.Choice([EXACT, FLOAT32, BFLOAT16, FAST]),
@@ -94,7 +95,7 @@ _ENGINE = (
     ),
 )
 
-_PROBLEMS = (
+problem_options = together(
     click.option(
         "--problems",
         type=click.Path(path_type=Path),
@@ -103,20 +104,6 @@ _PROBLEMS = (
     ),
     click.option("--limit", type=click.IntRange(1), help="Take the first so many problems."),
 )
-
-
-def options(rows: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
-    """Give a command the options of a table."""
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        for option in reversed(rows):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-settings_options, engine_options, problem_options = map(options, (_SETTINGS, _ENGINE, _PROBLEMS))
 
 
 def changed(settings: Settings, options: Mapping[str, Any]) -> Settings:
