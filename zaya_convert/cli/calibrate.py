@@ -10,10 +10,12 @@ import click
 
 from zaya_convert.cli import calibration
 from zaya_convert.cli.calibration import Calibration, calibration_options
-from zaya_convert.cli.conversion import open_named, peak_memory
+from zaya_convert.cli.conversion import peak_memory
+from zaya_convert.cli.opening import open_named
 from zaya_convert.cli.output import Output, output_options, size
 from zaya_convert.cli.params import MODEL
 from zaya_convert.errors import OutputExistsError, UsageError
+from zaya_convert.publish import check_writable
 
 
 @click.command("calibrate")
@@ -105,6 +107,7 @@ def _check_outputs(path: Path | None, imatrix: Path | None, overwrite: bool) -> 
     Raises:
         UsageError: names that do not fit what the files hold.
         OutputExistsError: a file stands there.
+        OutputError: see ``check_writable``.
     """
     if path is not None and path.suffix.lower() == ".gguf":
         raise UsageError(
@@ -116,3 +119,5 @@ def _check_outputs(path: Path | None, imatrix: Path | None, overwrite: bool) -> 
     for file, flag in ((path, "-o"), (imatrix, "--imatrix")):
         if file is not None and file.exists() and not overwrite:
             raise OutputExistsError(f"{file} exists; choose another {flag}, or pass --overwrite")
+        if file is not None:
+            check_writable(file)

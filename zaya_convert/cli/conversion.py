@@ -51,20 +51,6 @@ class Writing:
         return self.packing or FORMATS[self.format][0]
 
 
-def open_named(model: str | None, out: Output, notes: bool = True) -> Checkpoint:
-    """Open MODEL, saying so when it is the bundled one.
-
-    Args:
-        notes: also say where its configuration was overruled by its tensors.
-    """
-    if model is None:
-        out.note(f"no MODEL given: using the bundled reference checkpoint {models.BUNDLED.name}")
-    checkpoint = models.open_model(model)
-    for note in checkpoint.notes if notes else ():
-        out.note(f"note: {note}")
-    return checkpoint
-
-
 def default_output(source: Checkpoint, model: str | None, suffix: str) -> Path:
     """``./NAME-suffix`` in the working directory."""
     path = source.path.resolve()

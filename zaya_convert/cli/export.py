@@ -8,7 +8,8 @@ import click
 
 from zaya_convert import models
 from zaya_convert import recipe as recipes
-from zaya_convert.cli.conversion import Writing, carry_out, default_output, open_named
+from zaya_convert.cli.conversion import Writing, carry_out, default_output
+from zaya_convert.cli.opening import open_named
 from zaya_convert.cli.output import Output, output_options
 from zaya_convert.cli.params import MODEL, writing_options
 from zaya_convert.export import FORMATS

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from zaya_convert import inspect
-from zaya_convert.cli.conversion import open_named
+from zaya_convert.cli.opening import open_named
 from zaya_convert.cli.output import Output, output_options, printable, size, table
 from zaya_convert.cli.params import MODEL
 from zaya_convert.errors import InputError
@@ -29,7 +29,7 @@ def command(model: str | None, out: Output) -> None:
         if len(error.problems) <= _FEW:
             raise
         for problem in error.problems:
-            click.echo(f"problem: {problem!r}"[:1000], err=True)
+            click.echo(printable(f"problem: {problem}")[:1000], err=True)
         raise InputError(f"{len(error.problems)} problems, listed above", str(model)) from None
     out.result(facts, _text(facts))
 
@@ -45,8 +45,8 @@ def _text(facts: dict[str, Any]) -> str:
         ("vocabulary", f"{facts['vocab_rows']:,} rows, head {'tied' if facts['tied'] else 'own'}"),
         ("parameters", f"{facts['parameters_total']:,} in all, "
          f"{facts['parameters_active']:,} active per token"),
-        ("size", f"{facts['bytes']:,} bytes ({size(facts['bytes'])}) in {len(facts['files'])} "
-         f"files, {facts['bits_per_weight']:.3f} bits per weight"),
+        ("size", f"{facts['bytes']:,} bytes ({size(facts['bytes'])}) in {_files(facts['files'])}, "
+         f"{facts['bits_per_weight']:.3f} bits per weight"),
         ("tokenizer", "yes" if facts["tokenizer"] else "none"),
     ]  # fmt: skip
     kinds = [
@@ -56,6 +56,10 @@ def _text(facts: dict[str, Any]) -> str:
     lines += [f"note: {printable(note)}" for note in facts["notes"]]
     lines.append("no problems")  # with problems it would not have opened
     return "\n".join(lines)
+
+
+def _files(names: list[str]) -> str:
+    return "1 file" if len(names) == 1 else f"{len(names)} files"
 
 
 def _sliding(windows: list[int]) -> str:

@@ -12,7 +12,8 @@ import click
 from zaya_convert import models
 from zaya_convert import recipe as recipes
 from zaya_convert.cli.calibration import Calibration, calibration_options
-from zaya_convert.cli.conversion import Writing, carry_out, default_output, open_named
+from zaya_convert.cli.conversion import Writing, carry_out, default_output
+from zaya_convert.cli.opening import open_named
 from zaya_convert.cli.output import Output, output_options
 from zaya_convert.cli.params import MODEL, Size, writing_options
 from zaya_convert.cli.progress import stages_bar

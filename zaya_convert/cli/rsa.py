@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zaya_convert.cli import rsa_options
-from zaya_convert.cli.conversion import open_named
 from zaya_convert.cli.engines import engine_option
+from zaya_convert.cli.opening import open_named
 from zaya_convert.cli.output import Output, output_options, printable, table
 from zaya_convert.cli.params import MODEL, prompt_text
 from zaya_convert.cli.progress import stages_bar

@@ -11,10 +11,10 @@ import click
 from zaya_convert import models
 from zaya_convert.cli import rsa_options
 from zaya_convert.cli.engines import engine_option
+from zaya_convert.cli.opening import find_reference
 from zaya_convert.cli.output import Output, output_options
 from zaya_convert.cli.params import MODEL
 from zaya_convert.cli.progress import stages_bar
-from zaya_convert.cli.validate import find_reference
 from zaya_convert.errors import Inconclusive, UsageError, ValidationFailed
 
 if TYPE_CHECKING:

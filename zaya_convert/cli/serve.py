@@ -7,8 +7,8 @@ import os
 import click
 
 from zaya_convert import models
-from zaya_convert.cli.conversion import open_named
 from zaya_convert.cli.engines import dtype_option, engine_option, open_engine
+from zaya_convert.cli.opening import open_named
 from zaya_convert.cli.output import Output, output_options
 from zaya_convert.cli.params import MODEL
 from zaya_convert.errors import UsageError

@@ -10,6 +10,7 @@ import click
 
 from zaya_convert import models
 from zaya_convert.cli.engines import ONNXRUNTIME, choose_engine, engine_option
+from zaya_convert.cli.opening import find_reference
 from zaya_convert.cli.output import Output, output_options
 from zaya_convert.cli.params import MODEL
 from zaya_convert.cli.progress import stages_bar
@@ -131,22 +132,6 @@ def _parity(
             passed = check.outcome == "pass"
             report.checks.append(Check(f"RSA: {check.name}", check.value, check.limit, passed))
     return found
-
-
-def find_reference(candidate: Checkpoint | None, name: str | None, out: Output) -> Checkpoint:
-    """The reference that was named, or the bundled checkpoint for what was made from it.
-
-    Raises:
-        UsageError: none was named, and the candidate was made from something else.
-    """
-    if name is not None:
-        return models.open_model(name)
-    known = None if candidate is None else candidate.made_from.get("model")
-    if known != models.BUNDLED.name:
-        hint = f" (it was made from {known})" if known else ""
-        raise UsageError(f"pass --reference MODEL: the model the candidate was made from{hint}")
-    out.note(f"reference: the bundled checkpoint {models.BUNDLED.name}")
-    return models.open_model(None)
 
 
 def _engine(candidate: Checkpoint, name: str | None, exact: bool) -> OnnxModel | None:
