@@ -8,10 +8,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
+
+from zaya_convert import junit
+from zaya_convert.junit import Case
 
 if TYPE_CHECKING:
-    from zaya_convert.validate import Check, Report, TensorError
+    from zaya_convert.validate import Report, TensorError
 
 SCHEMA = 1
 
@@ -82,13 +84,6 @@ def _calibration_line(facts: Mapping[str, Any]) -> str:
     )
 
 
-def check_line(check: Check) -> str:
-    """One check as a line."""
-    mark = "ok  " if check.passed else "FAIL"
-    limit = "" if check.limit is None else f" (limit {check.limit:g})"
-    return f"{mark} {check.name}: {check.value:g}{limit}"
-
-
 def to_text(report: Report, *, color: bool = False) -> str:
     """A table for the terminal."""
     from rich.console import Console
@@ -104,7 +99,7 @@ def to_text(report: Report, *, color: bool = False) -> str:
     console.print(table)
     for check in report.checks:
         if check.limit is not None or not check.passed:
-            console.print(check_line(check), highlight=False)
+            console.print(check.line(), highlight=False)
     if all(check.limit is None for check in report.checks):
         console.print("no bounds asked for (--max-kl, --min-top1, ...): only soundness was judged")
     for name in report.undecided:
@@ -115,34 +110,10 @@ def to_text(report: Report, *, color: bool = False) -> str:
 
 
 def to_junit(report: Report) -> str:
-    """JUnit XML: one test case per check, for continuous integration."""
-    failures = [check for check in report.checks if not check.passed]
-    suite = ElementTree.Element(
-        "testsuite",
-        name="zaya-convert validate",
-        tests=str(len(report.checks) + len(report.undecided)),
-        failures=str(len(failures)),
-        skipped=str(len(report.undecided)),
-        errors="0",
-    )
-    properties = ElementTree.SubElement(suite, "properties")
-    for name, value in figures(report):
-        ElementTree.SubElement(properties, "property", name=name, value=value)
-    for check in report.checks:
-        case = ElementTree.SubElement(
-            suite, "testcase", classname="zaya_convert.validate", name=check.name
-        )
-        if not check.passed:
-            ElementTree.SubElement(case, "failure", message=check_line(check))
-    for line in report.undecided:
-        case = ElementTree.SubElement(
-            suite, "testcase", classname="zaya_convert.validate", name=line
-        )
-        ElementTree.SubElement(case, "skipped", message="too little evidence")
-    ElementTree.indent(suite)
-    return (
-        '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, "unicode") + "\n"
-    )
+    """JUnit XML: one test case per check; what is undecided is skipped."""
+    judged = [Case(c.name, "pass" if c.passed else "fail", c.line()) for c in report.checks]
+    undecided = [Case(line, "undecided", "too little evidence") for line in report.undecided]
+    return junit.to_junit("validate", figures(report), [*judged, *undecided])
 
 
 def to_html(report: Report, more: str = "") -> str:
@@ -160,7 +131,7 @@ def to_html(report: Report, more: str = "") -> str:
     return template.render(
         report=report,
         figures=figures(report),
-        checks=[(check.passed, check_line(check)) for check in report.checks],
+        checks=[(check.passed, check.line()) for check in report.checks],
         columns=columns,
         rows=[(layer, [_cell(experts.get((layer, e))) for e in columns]) for layer in layers],
         coverage=report.calibration["counts"] if report.calibration else [],

@@ -53,6 +53,12 @@ class Check:
     limit: float | None
     passed: bool
 
+    def line(self) -> str:
+        """For people."""
+        mark = "ok  " if self.passed else "FAIL"
+        limit = "" if self.limit is None else f" (limit {self.limit:g})"
+        return f"{mark} {self.name}: {self.value:g}{limit}"
+
 
 @dataclass(frozen=True)
 class TensorError:

@@ -166,7 +166,7 @@ def _publish(
     out.result(facts, text + reports.to_text(report, color=color))
     findings = [] if parity is None else parity.findings
     if report.verdict == "fail":
-        failed = [reports.check_line(check) for check in report.checks if not check.passed]
+        failed = [check.line() for check in report.checks if not check.passed]
         raise ValidationFailed("validation failed: " + "; ".join([*failed, *findings]))
     if report.verdict != "pass":
         raise Inconclusive("validation is inconclusive: " + "; ".join(report.undecided))

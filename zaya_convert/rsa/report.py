@@ -7,11 +7,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
 
+from zaya_convert import junit
+from zaya_convert.junit import Case
 from zaya_convert.rsa import plots
 from zaya_convert.rsa.statistics import Interval
-from zaya_convert.rsa.verdict import FAIL, PASS, UNDECIDED
+from zaya_convert.rsa.verdict import FAIL, PASS
 
 if TYPE_CHECKING:
     from zaya_convert.rsa.results import ParityReport
@@ -155,32 +156,8 @@ def to_text(report: ParityReport, *, color: bool = False) -> str:
 
 def to_junit(report: ParityReport) -> str:
     """JUnit XML: one test case per check; what is undecided is skipped."""
-    outcomes = [check.outcome for check in report.checks]
-    suite = ElementTree.Element(
-        "testsuite",
-        name="zaya-convert rsa-parity",
-        tests=str(len(outcomes)),
-        failures=str(outcomes.count(FAIL)),
-        skipped=str(outcomes.count(UNDECIDED)),
-        errors="0",
-    )
-    properties = ElementTree.SubElement(suite, "properties")
-    for name, value in figures(report):
-        ElementTree.SubElement(properties, "property", name=name, value=value)
-    for check in report.checks:
-        case = ElementTree.SubElement(
-            suite, "testcase", classname="zaya_convert.rsa_parity", name=check.name
-        )
-        if check.outcome == FAIL:
-            ElementTree.SubElement(case, "failure", message=check.line())
-        elif check.outcome == UNDECIDED:
-            ElementTree.SubElement(case, "skipped", message=check.line())
-    if report.findings:
-        ElementTree.SubElement(suite, "system-out").text = "\n".join(report.findings)
-    ElementTree.indent(suite)
-    return (
-        '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, "unicode") + "\n"
-    )
+    cases = [Case(check.name, check.outcome, check.line()) for check in report.checks]
+    return junit.to_junit("rsa-parity", figures(report), cases, "\n".join(report.findings))
 
 
 def to_html(report: ParityReport) -> str:
