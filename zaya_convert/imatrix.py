@@ -38,9 +38,9 @@ from zaya_convert.export.gguf.names import DIALECTS, Dialect
 from zaya_convert.gguf_header import GgufHeader, aligned, build_header, read_gguf
 from zaya_convert.headers import RawTensor
 from zaya_convert.layout import TensorKey
-from zaya_convert.publish import io_errors
+from zaya_convert.publish import io_errors, write_whole
 from zaya_convert.runtime.walk import SITES
-from zaya_convert.stats import EXPERT_SITES, Stats, widths, write_whole
+from zaya_convert.stats import EXPERT_SITES, Stats, widths
 from zaya_quant.methods import METHODS
 
 SUFFIX = ".gguf"
@@ -73,7 +73,6 @@ def write(stats: Stats, config: ModelConfig, path: Path) -> None:
         parts.append(data.ljust(aligned(len(data), _ALIGNMENT), b"\0"))
     path = path.absolute()
     with io_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, b"".join(parts))
 
 

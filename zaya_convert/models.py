@@ -49,11 +49,15 @@ def resolve(name: str | None) -> Path:
         return BUNDLED
     if name.startswith("hf://"):
         return fetch_model(name)
+    if not name:  # an unset variable, say; Path would take it for the working directory
+        raise InputError("MODEL is empty")
     path = Path(name)
     if path.is_file() and path.suffix == ".gguf":
         return path
     if path.is_file() and path.suffix in (".safetensors", ".json"):
         path = path.parent
+    if path.exists() and not path.is_dir():
+        raise InputError("is no folder, and no .gguf, .safetensors or .json file", name)
     if not path.is_dir():
         hint = f"; for the Hub write hf://{name}" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
         raise InputError(f"no such folder{hint}", name)

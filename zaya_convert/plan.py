@@ -19,6 +19,7 @@ from zaya_convert.checkpoint import Checkpoint, TensorInfo
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.export import Packing, packing
 from zaya_convert.export.arrays import Array, Region
+from zaya_convert.headers import parse_json_object
 from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_convert.recipe import Recipe, Rule, unmatched
 from zaya_quant.methods import METHODS
@@ -149,7 +150,8 @@ def make_plan(
 
     Raises:
         UsageError: a recipe for a source that is quantized already.
-        InputError: everything the packing cannot hold, and every unknown method.
+        InputError: everything the packing cannot hold, and every unknown method; side files that
+            are damaged, which would be copied along.
     """
     quantized = any(info.spec for info in source.infos.values())
     rounds = recipe is not None and recipe.quantizes
@@ -158,6 +160,7 @@ def make_plan(
             f"{source.path.name} is quantized already, and rounding twice costs quality; "
             "use `export` to change its format, or quantize the original"
         )
+    _check_side_files(source)
     target = packing(packing_name)
     problems = unmatched(recipe, source.infos) if recipe else []
     problems += target.model_problems(source.config)
@@ -169,6 +172,18 @@ def make_plan(
         raise InputError(problems, f"{packing_name} cannot hold this plan")
     arrays = _arrays(steps, packing_name)
     return Plan(source, recipe, packing_name, tuple(steps), arrays, shard_bytes, origin)
+
+
+def _check_side_files(source: Checkpoint) -> None:
+    problems: list[str] = []
+    for name, content in source.side_files().items():
+        if name.endswith(".json"):
+            try:
+                parse_json_object(content, name)
+            except InputError as error:
+                problems.append(str(error))
+    if problems:
+        raise InputError(problems, source.path.name)
 
 
 def _arrays(steps: list[Step], packing_name: str) -> tuple[Array, ...]:

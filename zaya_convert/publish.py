@@ -34,6 +34,43 @@ def io_errors(path: Path) -> Iterator[None]:
         raise OutputError(f"{error.filename or path}: {reason}{hint}") from None
 
 
+def check_writable(path: Path) -> None:
+    """Make a file's folder, and refuse one that could not be written: before the work, not after.
+
+    Raises:
+        OutputError: it is a folder, or its folder cannot be made or written.
+    """
+    with io_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        target = path.parent if path.is_file() or not path.exists() else path
+        if not os.access(target, os.W_OK):  # which says nothing about why
+            raise PermissionError(errno.EACCES, "cannot be written to", str(target))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file such that its name never stands for less than all of it.
+
+    Where there is a device or a pipe by that name, write to that.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    path = Path(os.path.realpath(path))  # a link stays one
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 @dataclass
 class Workspace:
     """The partial folder of one output.

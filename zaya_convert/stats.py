@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +33,7 @@ from zaya_convert.config import ModelConfig
 from zaya_convert.errors import InputError
 from zaya_convert.headers import read_header
 from zaya_convert.layout import TensorKey
+from zaya_convert.publish import write_whole
 from zaya_convert.runtime.walk import SITE_OF, SITES
 from zaya_quant.stats import InputStats
 
@@ -177,20 +177,6 @@ class Stats:
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         raw += b" " * (-len(raw) % 8)
         return len(raw).to_bytes(8, "little") + raw + data[end:]
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file such that its name never stands for less than all of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def widths(config: ModelConfig) -> dict[str, int]:

@@ -52,6 +52,17 @@ def test_outside_its_bounds_exits_4_and_still_reports(
     assert "fail" in html.read_text()
 
 
+@pytest.mark.parametrize("flag", ["--report", "--junit"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    zaya: Zaya, artifact: Path, nano_hybrid: Path, tmp_path: Path, flag: str
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    done = zaya("validate", artifact, "--reference", nano_hybrid, flag, file / "report")
+    assert (done.code, done.out) == (5, "")
+    assert f"{file}" in done.err
+
+
 def test_text(zaya: Zaya, artifact: Path, nano_hybrid: Path) -> None:
     done = zaya("validate", artifact, "--reference", nano_hybrid, *FEW, "--dtype", "bfloat16")
     assert done.code == 0

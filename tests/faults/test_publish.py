@@ -234,3 +234,31 @@ def test_a_source_that_changes_meanwhile(
     assert done.code == 3
     assert "changed while it was read" in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_whole_file_follows_links_and_leaves_devices_alone(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to(target)
+    publish.write_whole(link, b"text")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"text"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    publish.write_whole(pipe, b"text")
+    assert os.read(reader, 10) == b"text"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target"]
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish.check_writable(tmp_path / "new" / "file")
+    assert not list((tmp_path / "new").iterdir())
+    with pytest.raises(publish.OutputError, match="Is a directory"):
+        publish.check_writable(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(publish.OutputError, match=f"{tmp_path}: cannot be written"):
+        publish.check_writable(tmp_path / "file")

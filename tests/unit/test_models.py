@@ -115,6 +115,14 @@ def test_a_bare_hub_id_is_told_how_to_write_it(tmp_path: Path) -> None:
         models.resolve(str(tmp_path))
 
 
+def test_what_is_no_model_says_so(nano_hybrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"is no folder, and no \.gguf"):
+        models.resolve(__file__)
+    monkeypatch.chdir(nano_hybrid)
+    with pytest.raises(InputError, match="MODEL is empty"):
+        models.resolve("")  # not the model in the working directory
+
+
 def test_folders_and_files(nano_hybrid: Path) -> None:
     for name in (".", "config.json", "model.safetensors"):
         assert models.resolve(str(nano_hybrid / name)) == nano_hybrid

@@ -1,5 +1,6 @@
 """A plan says exactly what will be written, or every reason why not."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,16 @@ def test_unknown_method_is_named(nano_hybrid: Path) -> None:
     rule = Rule("experts", 4, 32, method="magic")
     with pytest.raises(InputError, match="no method 'magic'"):
         make_plan(open_model(str(nano_hybrid)), _recipe(rule), "compressed-tensors")
+
+
+def test_damaged_side_files_are_not_copied_along(nano_hybrid: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(nano_hybrid, tmp_path / "damaged"))
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "added')
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(InputError) as found:
+        make_plan(open_model(str(folder)), load("int8"), "compressed-tensors")
+    assert "tokenizer.json: not valid JSON" in found.value.problems[0]
+    assert found.value.problems[1] == "generation_config.json: expected a JSON object"
 
 
 def test_quantizing_twice_is_refused(nano_hybrid: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import click
 from zaya_convert.cli.output import SCHEMA, Output, finite, output_options
 from zaya_convert.cli.params import MODEL
 from zaya_convert.errors import InputError, UsageError
+from zaya_convert.publish import check_writable, write_whole
 
 if TYPE_CHECKING:
     from zaya_convert.bench.measure import Measured
@@ -73,6 +74,8 @@ def command(
         raise UsageError(f"--plot draws .svg and .html, not {plot.name}")
     if llama is not None and bool(kernels) == bool(decoded):
         raise UsageError("--llama is a peer of --kernels or of --decode, one at a time")
+    for path in filter(None, (plot, output)):
+        check_writable(path)
     if gpu:
         if kernels or decoded or converted:
             raise UsageError("--gpu is measured alone")
@@ -114,7 +117,7 @@ def command(
     if plot is not None:
         drawn = report.panels(cases, speed, conversion)
         page = report.svg(drawn) if plot.suffix == ".svg" else report.html(drawn, facts["machine"])
-        _write(plot, page)
+        write_whole(plot, page.encode())
         out.note(f"drawn: {plot}")
     out.result(facts, "\n".join(texts))
 
@@ -144,15 +147,6 @@ def _gpu(small: bool, output: Path | None, out: Output) -> None:
     target = gpu.require_device()
     report = gpu.measure(gpu.SMALL if small else gpu.Sizes(), out.note)
     path = output or Path(f"zaya-gpu-{target}.json")
-    _write(path, json.dumps(finite({"schema": SCHEMA, **report}), indent=1) + "\n")
+    page = json.dumps(finite({"schema": SCHEMA, **report}), indent=1) + "\n"
+    write_whole(path, page.encode())
     out.result({**report, "output": str(path)}, gpu.to_text(report) + f"\nto send: {path}")
-
-
-def _write(path: Path, text: str) -> None:
-    """A whole file or none."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

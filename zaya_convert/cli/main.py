@@ -111,8 +111,9 @@ class LazyGroup(click.Group):
 def cli(ctx: click.Context, quiet: bool) -> None:
     """Take a ZAYA1 checkpoint to a small, fast, proven model for edge devices.
 
-    MODEL is a local folder or file, or a Hub id (hf://org/name[@revision]); quantize, inspect and
-    generate use the bundled tiny checkpoint when it is left out.
+    MODEL is a local folder, a file in it, a GGUF file, or a Hub id
+    (hf://org/name[@revision][/file.gguf]). Where a command's usage has it in brackets, it is the
+    bundled tiny checkpoint when it is left out.
     """
     if os.environ.get("NO_COLOR"):
         ctx.color = False

@@ -19,6 +19,7 @@ from zaya_convert.cli.params import MODEL, Size, writing_options
 from zaya_convert.cli.progress import stages_bar
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.export import FORMATS
+from zaya_convert.publish import check_writable, write_whole
 from zaya_quant.methods import METHODS
 from zaya_quant.spec import QuantSpec
 
@@ -125,6 +126,8 @@ def command(
     job = _Job(source, calibration, writing, output, stats, out)
     plan = make_plan(source, chosen, writing.target, writing.shard_size, origin)
     job.check(plan, target is not None)
+    if save_recipe is not None:
+        check_writable(save_recipe)
     if not writing.dry_run:
         from zaya_convert.convert import check_ready
 
@@ -140,7 +143,7 @@ def command(
                 "bytes for weights; this is the recipe as it stands (--stats shows the choice)"
             )
         if save_recipe is not None:
-            save_recipe.write_text(recipes.to_toml(chosen), encoding="utf-8")
+            write_whole(save_recipe, recipes.to_toml(chosen).encode())
         if equalize and not writing.dry_run:
             from zaya_convert.equalize import equalized
 

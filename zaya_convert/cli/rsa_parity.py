@@ -16,6 +16,7 @@ from zaya_convert.cli.output import Output, output_options
 from zaya_convert.cli.params import MODEL
 from zaya_convert.cli.progress import stages_bar
 from zaya_convert.errors import Inconclusive, UsageError, ValidationFailed
+from zaya_convert.publish import check_writable, write_whole
 
 if TYPE_CHECKING:
     from zaya_convert.checkpoint import Checkpoint
@@ -113,7 +114,7 @@ def command(
     opened = None if candidate is None else models.open_model(candidate)
     original = find_reference(opened, reference, out)
     for path in filter(None, (html, junit)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
     other = rsa_options.side(
         candidate or f"{endpoint}", opened, out, engine=engine, exact_graph=exact,
         arithmetic_name=arithmetic, batch=batch, endpoint=endpoint, client=client,
@@ -127,9 +128,9 @@ def command(
     from zaya_convert.rsa import report as reports
 
     if html:
-        html.write_text(reports.to_html(report), encoding="utf-8")
+        write_whole(html, reports.to_html(report).encode())
     if junit:
-        junit.write_text(reports.to_junit(report), encoding="utf-8")
+        write_whole(junit, reports.to_junit(report).encode())
     color = click.get_current_context().color is not False and sys.stdout.isatty()
     out.result(reports.to_json(report), reports.to_text(report, color=color))
     complain(report)

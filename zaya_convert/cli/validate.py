@@ -15,6 +15,7 @@ from zaya_convert.cli.output import Output, output_options
 from zaya_convert.cli.params import MODEL
 from zaya_convert.cli.progress import stages_bar
 from zaya_convert.errors import Inconclusive, UsageError, ValidationFailed
+from zaya_convert.publish import check_writable, write_whole
 
 if TYPE_CHECKING:
     from zaya_convert.checkpoint import Checkpoint
@@ -94,7 +95,7 @@ def command(
     original = find_reference(opened, reference, out)
     runs = _engine(opened, engine, exact)
     for path in filter(None, (html, junit)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
     from zaya_convert.data import load_sequences
     from zaya_convert.validate import Bounds, validate
 
@@ -159,9 +160,9 @@ def _publish(
         text = rsa_reports.to_text(parity, color=color)
         more = {"rsa": rsa_reports.to_json(parity)}
     if html:
-        html.write_text(reports.to_html(report, section), encoding="utf-8")
+        write_whole(html, reports.to_html(report, section).encode())
     if junit:
-        junit.write_text(reports.to_junit(report), encoding="utf-8")
+        write_whole(junit, reports.to_junit(report).encode())
     facts: dict[str, Any] = reports.to_json(report) | more
     out.result(facts, text + reports.to_text(report, color=color))
     findings = [] if parity is None else parity.findings
