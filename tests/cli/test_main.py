@@ -48,6 +48,7 @@ def test_help_of_the_group_imports_no_command() -> None:
         "zaya_convert.cli",
         "zaya_convert.cli.main",
         "zaya_convert.cli.output",
+        "zaya_convert.cli.signals",
         "zaya_convert.errors",
     ]
 
