@@ -198,6 +198,10 @@ FAILED_HALF_WAY = event(delta={"content": "x"}) + 'data: {"error": {"message": "
         reply(200, FAILED_HALF_WAY, EVENTS),
         reply(200, 'error: {"message": "oom"}\n\n', EVENTS),
         reply(200, event(delta={"content": "x"}, finish_reason="abort") + USAGE, EVENTS),
+        reply(200, GOOD_EVENTS[:120], EVENTS),
+        reply(200, '{"choices": [{"mess'),
+        reply(200, GOOD_EVENTS, EVENTS, Content_Encoding="gzip"),
+        reply(500, '{"error": ' + "[" * 100_000),
     ],
 )
 def test_what_may_pass_is_tried_again(failure: Reply) -> None:
@@ -251,6 +255,8 @@ def test_it_waits_as_long_as_it_is_told(date: bool) -> None:
         (reply(200, event(token_ids="123"), EVENTS), "in another form"),
         (reply(200, event(logprobs={"content": [{"logprob": math.nan}]}), EVENTS), "another form"),
         (reply(200, '{"usage": [1]}'), "in another form"),
+        (reply(200, "[" * 100_000), "not JSON"),
+        (reply(200, GOOD_EVENTS.replace(": 3", ": 99"), EVENTS), "98 tokens where at most 9"),
     ],
 )
 def test_what_will_not_pass_is_said_at_once(failure: Reply, message: str) -> None:

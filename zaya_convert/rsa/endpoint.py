@@ -105,7 +105,8 @@ class Endpoint:
         """See ``Generator``; ``progress`` is called when an answer is complete.
 
         Raises:
-            InputError: a request failed for good; the others are given up.
+            InputError: a request failed for good, or the server does not keep to the budget; the
+                others are given up.
         """
         how: dict[str, Any] = {
             "model": self.model,
@@ -123,10 +124,10 @@ class Endpoint:
             | self._last_word
             for request in requests
         ]
-        return asyncio.run(self._all(bodies, progress))
+        return asyncio.run(self._all(bodies, budget, progress))
 
     async def _all(
-        self, bodies: Sequence[Mapping[str, Any]], progress: Callable[[int], None]
+        self, bodies: Sequence[Mapping[str, Any]], budget: int, progress: Callable[[int], None]
     ) -> list[Answer]:
         room = asyncio.Semaphore(self._concurrency)
         done = 0
@@ -135,6 +136,11 @@ class Endpoint:
             nonlocal done
             async with room:
                 answer = await self._patiently(lambda: self._ask(client, body))
+            if answer.new_tokens > budget:
+                raise InputError(
+                    f"gave {answer.new_tokens} tokens where at most {budget} were asked for",
+                    self.url,
+                )
             done += 1
             progress(answer.new_tokens)
             return answer
@@ -195,7 +201,7 @@ class Endpoint:
         for number in range(1, self._attempts + 1):
             try:
                 return await attempt()
-            except (httpx2.TransportError, _Transient) as error:
+            except (httpx2.RequestError, _Transient) as error:
                 what, wish = _described(error), getattr(error, "wish", None)
                 if number == self._attempts:
                     raise InputError(f"gave up after {number} attempts: {what}", self.url) from None
@@ -223,11 +229,19 @@ class Endpoint:
         return heard.answer(self.url)
 
     def _parsed(self, text: str) -> dict[str, Any]:
+        """A JSON object.
+
+        Raises:
+            _Transient: it breaks off, as when a server dies behind a proxy that ends the answer.
+            InputError: it is none.
+        """
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
+            if text.lstrip().startswith("{"):
+                raise _Transient("an answer broke off")
             begin = " ".join(text[:60].split())
             raise InputError(f"answers with something that is not JSON: {begin!r}; "
                              "is this OpenAI's API?", self.url)  # fmt: skip
@@ -387,7 +401,7 @@ def _complaint(text: str) -> str:
     """What a server says is wrong, in one line."""
     try:
         said: Any = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         said = text
     for name in ("error", "message", "detail"):
         if isinstance(said, dict) and name in said:
