@@ -163,6 +163,36 @@ def test_a_full_stdout_is_an_io_error(nano_hybrid: Path) -> None:
     assert done.returncode == 5
 
 
+@pytest.mark.parametrize("mode", ["pipe", "full"])
+def test_work_goes_on_when_nobody_reads_stderr(
+    mode: str, nano_hybrid: Path, tmp_path: Path
+) -> None:
+    if mode == "pipe":
+        read, write = os.pipe()
+        os.close(read)
+    else:
+        write = os.open("/dev/full", os.O_WRONLY)
+    done = subprocess.run(
+        [sys.executable, "-m", "zaya_convert", "quantize", nano_hybrid, "-o", tmp_path / "out"],
+        stdout=subprocess.PIPE,
+        stderr=write,
+        env=environment(),
+    )
+    os.close(write)
+    assert done.returncode == 0
+    assert done.stdout.decode().strip() == f"{tmp_path / 'out'}"
+    assert (tmp_path / "out" / "zaya-convert.json").is_file()
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 0), ("<&-", 0), ("2>&-", 3)])
+def test_closed_streams(closed: str, code: int, nano_hybrid: Path) -> None:
+    model = nano_hybrid if code == 0 else "nowhere"
+    command = f'"{sys.executable}" -m zaya_convert inspect "{model}" {closed}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, env=environment())
+    assert done.returncode == code
+    assert done.stderr == b""
+
+
 def stderr_of_a_terminal(**extra: str) -> bytes:
     """What a failing command shows when stderr is a terminal."""
     ours, theirs = pty.openpty()

@@ -8,7 +8,7 @@ import click
 
 from zaya_convert import inspect
 from zaya_convert.cli.opening import open_named
-from zaya_convert.cli.output import Output, output_options, printable, size, table
+from zaya_convert.cli.output import Output, output_options, printable, say, size, table
 from zaya_convert.cli.params import MODEL
 from zaya_convert.errors import InputError
 
@@ -29,7 +29,7 @@ def command(model: str | None, out: Output) -> None:
         if len(error.problems) <= _FEW:
             raise
         for problem in error.problems:
-            click.echo(printable(f"problem: {problem}")[:1000], err=True)
+            say(printable(f"problem: {problem}")[:1000])
         raise InputError(f"{len(error.problems)} problems, listed above", str(model)) from None
     out.result(facts, _text(facts))
 

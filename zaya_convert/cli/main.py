@@ -16,7 +16,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from zaya_convert import __version__
-from zaya_convert.cli.output import complain, discard_stdout
+from zaya_convert.cli.output import complain, discard_stdout, open_streams
 from zaya_convert.cli.signals import Terminated, interruptible
 from zaya_convert.errors import EXIT_CODES, ZayaConvertError
 
@@ -121,6 +121,7 @@ def cli(ctx: click.Context, quiet: bool) -> None:
 
 def main() -> None:
     """Console script."""
+    open_streams()
     if "OMP_WAIT_POLICY" not in os.environ:
         # After every operation of torch its threads spin for milliseconds, on the cores that our
         # kernels want next: prefill lost a quarter of its speed.

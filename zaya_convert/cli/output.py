@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,7 @@ class Output:
     def note(self, text: str) -> None:
         """Tell a person something beside the result."""
         if not self.quiet:
-            click.echo(printable(text), err=True)
+            say(printable(text))
 
     @property
     def live(self) -> bool:
@@ -66,9 +67,25 @@ def output_options(function: Callable[..., None]) -> Callable[..., None]:
 
 def complain(message: str) -> None:
     """One error to stderr."""
-    color = False if os.environ.get("NO_COLOR") else None
     head = click.style("error:", fg="red", bold=True)
-    click.echo(f"{head} {printable(message)}", err=True, color=color)
+    say(f"{head} {printable(message)}", color=False if os.environ.get("NO_COLOR") else None)
+
+
+def say(text: str, color: bool | None = None) -> None:
+    """Print to stderr; that nobody can read it any more ends no work."""
+    with suppress(OSError):
+        click.echo(text, err=True, color=color)
+
+
+def open_streams() -> None:
+    """Put the null device where a standard stream is closed.
+
+    Otherwise the next file opened would stand in its place, and get what libraries print.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            setattr(sys, name, os.fdopen(null, "w" if descriptor else "r"))
 
 
 def discard_stdout() -> None:
