@@ -19,6 +19,7 @@ from zaya_convert.runtime.generate import (
     choose,
     complete,
     generate,
+    logprobs,
 )
 from zaya_convert.runtime.model import Model, Output
 
@@ -196,11 +197,16 @@ def test_equal_prompts_are_run_once(model: Model, monkeypatch: pytest.MonkeyPatc
 
 
 def test_logprobs_are_those_of_the_unfiltered_model(model: Model) -> None:
-    steps = list(generate(model, PROMPTS[:1], max_new_tokens=4, sampling=HOT))
-    ids = torch.tensor([[*PROMPTS[0], *(step.token for step in steps)]])
-    known = model.forward(ids).logits[0, len(PROMPTS[0]) - 1 :].log_softmax(-1)
-    for i, step in enumerate(steps):
-        assert step.logprob == pytest.approx(float(known[i, step.token]), abs=1e-5)
+    decoder = Decoder(model)
+    decoder.add([Task(PROMPTS[0], 4, HOT), Task(PROMPTS[1], 2, HOT)])
+    tokens, found = list(PROMPTS[0]), []
+    while steps := decoder.step():
+        tokens.append(steps[0].token)
+        found.append(logprobs(decoder.logits, [step.token for step in steps])[0])
+    known = model.forward(torch.tensor([tokens])).logits[0, len(PROMPTS[0]) - 1 :].log_softmax(-1)
+    for row, token, logprob in zip(known, tokens[len(PROMPTS[0]) :], found, strict=False):
+        assert logprob == pytest.approx(float(row[token]), abs=1e-5)
+    assert len(found) == 4
 
 
 def test_nothing_to_do_is_nothing_done(model: Model) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from zaya_convert.errors import InputError
 from zaya_convert.rsa.generator import Answer, Request
 from zaya_convert.runtime.engine import Engine
-from zaya_convert.runtime.generate import Decoder, Sampling, Task
+from zaya_convert.runtime.generate import Decoder, Sampling, Task, logprobs
 from zaya_convert.runtime.tokenizer import Tokenizer
 
 _PREFILL_CHUNK = 512  # columns of prompts run at once
@@ -64,7 +64,7 @@ class LocalGenerator:
         ]
         rows = self._rows or self._affordable(max(map(len, prompts), default=0) + budget)
         tokens: list[list[int]] = [[] for _ in requests]
-        logprobs: list[list[float]] = [[] for _ in requests]
+        told: list[list[float]] = [[] for _ in requests]
         finished = [""] * len(requests)
         decoder = Decoder(self.engine, _PREFILL_CHUNK)
         waiting = 0
@@ -75,20 +75,21 @@ class LocalGenerator:
                 decoder.add(tasks[waiting : waiting + free])
                 waiting = min(waiting + free, len(tasks))
             steps = decoder.step()
-            for step in steps:
+            found = logprobs(decoder.logits, [step.token for step in steps])
+            for step, logprob in zip(steps, found, strict=True):
                 finished[step.sequence] = step.finished
-                if math.isnan(step.logprob):
+                if math.isnan(logprob):
                     raise InputError("the model computes values that are not numbers", self.name)
                 if step.finished != "stop":
                     tokens[step.sequence].append(step.token)
-                    logprobs[step.sequence].append(step.logprob)
+                    told[step.sequence].append(logprob)
             progress(len(steps))
         return [
             Answer(
                 self.tokenizer.decode(ids, skip_special=False), tuple(ids), len(prompt), len(ids),
                 end, tuple(logs),
             )
-            for ids, logs, prompt, end in zip(tokens, logprobs, prompts, finished, strict=True)
+            for ids, logs, prompt, end in zip(tokens, told, prompts, finished, strict=True)
         ]  # fmt: skip
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:

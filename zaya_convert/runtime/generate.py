@@ -74,13 +74,11 @@ class Step:
         sequence: which one it continues: the index of its prompt, or what ``Decoder.add`` said.
         token: its id; a stop token is reported too.
         finished: "" while the sequence goes on, else "stop" or "length".
-        logprob: natural logarithm of its probability, unfiltered and at temperature 1.
     """
 
     sequence: int
     token: int
     finished: str = ""
-    logprob: float = 0.0
 
 
 @dataclass
@@ -148,13 +146,12 @@ class Decoder(Generic[S]):
             return []
         self._run_chosen()
         tokens = self._choose()
-        logprobs = self.logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
         steps: list[Step] = []
-        for row, token, logprob in zip(self._rows, tokens.tolist(), logprobs.tolist(), strict=True):
+        for row, token in zip(self._rows, tokens.tolist(), strict=True):
             row.position += 1
             reason = "stop" if token in row.task.stop_ids else ""
             reason = reason or ("length" if row.position == row.limit else "")
-            steps.append(Step(row.name, token, reason, logprob))
+            steps.append(Step(row.name, token, reason))
         self._chosen = tokens
         self._keep([i for i, step in enumerate(steps) if not step.finished])
         return steps
@@ -290,6 +287,12 @@ def choose(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
         return logits.argmax(-1)
     scaled = logits.double() / max(sampling.temperature, _COLDEST)
     return (_filter(scaled, sampling.top_k, sampling.top_p) + noise).argmax(-1)
+
+
+def logprobs(logits: Tensor, tokens: Sequence[int]) -> list[float]:
+    """log p of one token in each row of ``logits`` [B, V]: natural, unfiltered, temperature 1."""
+    chosen = torch.tensor(tokens, dtype=torch.long)[:, None]
+    return logits.log_softmax(1).gather(1, chosen)[:, 0].tolist()
 
 
 def _filter(logits: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -16,14 +16,14 @@ _LEAST = -9999.0  # stands for minus infinity, which JSON does not have
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token and how likely it was.
+    """A token, and where that was asked for how likely it was.
 
     Attributes:
         others: the most probable tokens and their logprobs.
     """
 
     id: int
-    logprob: float
+    logprob: float = 0.0
     others: Sequence[tuple[int, float]] = ()
 
 

@@ -123,8 +123,7 @@ class _Choice:
 
     def take(self, step: Step, logits: Tensor) -> bool:
         """See ``worker.Listener``."""
-        others = self._others(logits) if self._logprobs else ()
-        part = Part(tokens=[Token(step.token, step.logprob, others)], finished=step.finished)
+        part = Part(tokens=[self._token(step.token, logits)], finished=step.finished)
         if step.finished != "stop":
             part.reasoning, part.content = self._writer.push(step.token)
         if self._writer.stopped:
@@ -140,9 +139,13 @@ class _Choice:
         """See ``worker.Listener``."""
         self._post(error)
 
-    def _others(self, logits: Tensor) -> list[tuple[int, float]]:
-        found = logits.log_softmax(0).topk(min(self._logprobs or 0, len(logits)))
-        return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+    def _token(self, id: int, logits: Tensor) -> Token:
+        if self._logprobs is None:
+            return Token(id)
+        logprobs = logits.log_softmax(0)
+        found = logprobs.topk(min(self._logprobs, len(logits)))
+        others = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        return Token(id, float(logprobs[id]), list(others))
 
 
 class _Running:
