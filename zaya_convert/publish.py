@@ -31,6 +31,8 @@ def io_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         hint = "; free some space, then run again with --resume" * (error.errno == errno.ENOSPC)
         reason = error.strerror or str(error)
+        if isinstance(error, FileExistsError):  # what mkdir says of a file in its way
+            reason = "is no folder"
         raise OutputError(f"{error.filename or path}: {reason}{hint}") from None
 
 

@@ -257,6 +257,9 @@ def test_what_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     publish.check_writable(tmp_path / "new" / "file")
     assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(publish.OutputError, match=f"{tmp_path}/file: is no folder"):
+        publish.check_writable(tmp_path / "file" / "file")
     with pytest.raises(publish.OutputError, match="Is a directory"):
         publish.check_writable(tmp_path)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
