@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -170,6 +171,32 @@ def test_a_damaged_file_is_made_anew(
     assert file.read_bytes() == whole
 
 
+def test_a_damaged_file_that_nobody_may_delete(
+    artifact: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = logits(artifact)
+    (file,) = place.glob("*.bin")
+    damage(0, 4096)(file)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert torch.equal(logits(artifact), wanted)
+
+
+def test_a_file_that_cannot_be_mapped(
+    artifact: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = logits(artifact)
+
+    def vanished(*_: object, **__: object) -> None:
+        raise RuntimeError("No such file or directory")
+
+    monkeypatch.setattr(packed_cache.torch, "from_file", vanished)
+    assert torch.equal(logits(artifact), wanted)
+
+
 SCRIPT = """
 import sys, torch
 from zaya_convert.models import open_model
@@ -293,6 +320,10 @@ def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert packed_cache.folder() == tmp_path / ".cache" / "zaya-convert" / "packed"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}[0])  # a user without a home
+    assert packed_cache.folder() is None
+    assert packed_cache.usage() == (None, 0)
 
 
 def test_doctor_clears(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

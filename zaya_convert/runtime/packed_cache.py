@@ -62,10 +62,11 @@ def folder() -> Path | None:
     own = os.environ.get(FOLDER, "")
     if own.lower() in OFF:
         return None
-    if own:
-        return Path(own).expanduser() / "packed"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "zaya-convert" / "packed"
+    parts = (own,) if own else (os.environ.get("XDG_CACHE_HOME") or "~/.cache", "zaya-convert")
+    try:
+        return Path(*parts, "packed").expanduser()
+    except RuntimeError:  # a user without a home
+        return None
 
 
 def mapped(
@@ -99,15 +100,15 @@ def mapped(
                 if data is None and _make_room(place, total):
                     _build(path, checkpoint, entries, sizes)
                     data = _open(path, total)
-    except OSError:  # a folder that cannot be written, a full disk
-        return {}
-    if data is None:
-        return {}
-    found = _over(data, entries, sizes, fast)
-    if not _same(checkpoint, entries, found):
+        if data is None:
+            return {}
+        found = _over(data, entries, sizes, fast)
+        if _same(checkpoint, entries, found):
+            return found
         path.unlink(missing_ok=True)
-        return {}
-    return found
+    except OSError:  # a folder that cannot be written, a full disk
+        pass
+    return {}
 
 
 def usage() -> tuple[Path | None, int]:
@@ -151,7 +152,10 @@ def _open(path: Path, total: int) -> Tensor | None:
             return None
     with suppress(OSError):  # a folder that others own
         os.utime(path)  # it was used now
-    whole = torch.from_file(str(path), shared=False, size=_HEADER + total, dtype=torch.uint8)
+    try:
+        whole = torch.from_file(str(path), shared=False, size=_HEADER + total, dtype=torch.uint8)
+    except RuntimeError:  # deleted meanwhile, or no memory to map it to
+        return None
     return whole[_HEADER:]
 
 
