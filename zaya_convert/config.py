@@ -6,7 +6,6 @@ has 8, use per-layer lists, and ``rope_scaling: false``. For those the dimension
 tensors themselves and only what tensors cannot tell (rope, eps, windows, token ids) from the file.
 """
 
-import dataclasses
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -396,8 +395,3 @@ def _contradictions(fields: _Fields, dims: Mapping[str, int]) -> list[str]:
         if claim is not None and any(value != truth for value in values):
             notes.append(f"config.json says {name} = {claim}; the tensors say {truth} and are used")
     return notes
-
-
-def replace(config: ModelConfig, **changes: Any) -> ModelConfig:
-    """A copy of ``config`` with some fields changed (for tools and tests)."""
-    return dataclasses.replace(config, **changes)

@@ -117,17 +117,6 @@ def aligned(position: int, alignment: int) -> int:
     return -(-position // alignment) * alignment
 
 
-def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
-    """Size of a tensor's data.
-
-    Raises:
-        ValueError: unknown type, or a shape the type or the format cannot hold.
-    """
-    if problem := _type_problem(dtype) or _shape_problem(dtype, shape):
-        raise ValueError(problem)
-    return _data_bytes(dtype, shape)
-
-
 def read_gguf(path: Path) -> GgufHeader:
     """Read and check one file's header; of the data, only the size is looked at.
 

@@ -18,7 +18,8 @@ from gguf_files import Entries, rewrite
 from nano import Nano, Stored
 from zaya_convert.convert import execute
 from zaya_convert.errors import InputError
-from zaya_convert.gguf_header import build_header, tensor_bytes
+from zaya_convert.export.arrays import size_of
+from zaya_convert.gguf_header import build_header
 from zaya_convert.models import open_model
 from zaya_convert.plan import make_plan
 from zaya_convert.recipe import adjusted, for_type
@@ -58,7 +59,7 @@ def refused(path: Path) -> list[str]:
 
 def store(tensors: Tensors, name: str, dtype: str, shape: list[int]) -> None:
     """A tensor of zeros, in place of another or as a new one."""
-    tensors[name] = Stored(dtype, shape, bytes(tensor_bytes(dtype, shape)))
+    tensors[name] = Stored(dtype, shape, bytes(size_of(dtype, shape)))
 
 
 @pytest.mark.parametrize("dialect", ["pr23112", "combined40", "yggdrasil"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zaya_convert import layout
-from zaya_convert.config import ModelConfig, replace
+from zaya_convert.config import ModelConfig
 
 BASE = ModelConfig(
     layers=3,

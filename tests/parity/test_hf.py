@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from parity.random_models import BASE, VARIANTS, favour_skip, write_checkpoint
 from parity.test_oracle import restless
 from zaya_convert import hf
 from zaya_convert.checkpoint import Checkpoint, open_source
-from zaya_convert.config import replace
 from zaya_convert.convert import execute
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.layout import TensorKey

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor
 from parity import random_models
 from parity.random_models import VARIANTS, favour_skip, write_checkpoint
 from zaya_convert.checkpoint import Checkpoint, open_source
-from zaya_convert.config import replace
 from zaya_convert.convert import execute
 from zaya_convert.errors import InputError
 from zaya_convert.layout import TensorKey

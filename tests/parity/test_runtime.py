@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from parity.random_models import BASE, favour_skip, write_checkpoint
 from zaya_convert.checkpoint import Checkpoint, open_source
-from zaya_convert.config import ModelConfig, replace
+from zaya_convert.config import ModelConfig
 from zaya_convert.errors import InputError
 from zaya_convert.layout import TensorKey
 from zaya_convert.runtime.cache import Cache

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import zaya_convert.gguf_header as module
 from zaya_convert.errors import InputError
+from zaya_convert.export.arrays import size_of
 from zaya_convert.gguf_header import (
     GGML_TYPES,
     GgufHeader,
@@ -23,7 +24,6 @@ from zaya_convert.gguf_header import (
     build_header,
     read_gguf,
     read_gguf_set,
-    tensor_bytes,
 )
 
 Entry = tuple[str, str, Any]
@@ -61,14 +61,14 @@ def listed(*tensors: tuple[str, str, tuple[int, ...]], alignment: int = 32) -> L
     end = 0
     for name, dtype, shape in tensors:
         listing.append((name, dtype, shape, aligned(end, alignment)))
-        end = listing[-1][3] + tensor_bytes(dtype, shape)
+        end = listing[-1][3] + size_of(dtype, shape)
     return listing
 
 
 def write(path: Path, metadata: list[Entry], tensors: Listing, alignment: int = 32) -> bytes:
     """A whole file, its data bytes counting up, padded at the end as well."""
     last = tensors[-1] if tensors else ("", "F32", (1,), -4)
-    size = aligned(last[3] + tensor_bytes(last[1], last[2]), alignment)
+    size = aligned(last[3] + size_of(last[1], last[2]), alignment)
     data = bytes(i % 251 for i in range(size))
     path.write_bytes(build_header(metadata, tensors, alignment) + data)
     return data
@@ -107,7 +107,7 @@ def test_everything_is_read_back(tmp_path: Path) -> None:
     assert found == ALL_TYPES
     for name, tensor in header.tensors.items():
         assert (tensor.name, tensor.file) == (name, path)
-        assert tensor.end - tensor.begin == tensor_bytes(tensor.dtype, tensor.shape)
+        assert tensor.end - tensor.begin == size_of(tensor.dtype, tensor.shape)
 
 
 def test_writing_what_was_read_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_the_gguf_package_reads_ours(tmp_path: Path) -> None:
     for theirs, (name, dtype, shape, offset) in zip(reader.tensors, tensors, strict=True):
         assert (theirs.name, theirs.tensor_type.name) == (name, dtype)
         assert tuple(reversed(theirs.shape.tolist())) == shape
-        size = tensor_bytes(dtype, shape)
+        size = size_of(dtype, shape)
         assert theirs.data.tobytes() == data[offset : offset + size]
 
 
@@ -399,14 +399,6 @@ def test_numpy_values_and_tuples_are_taken() -> None:
     scores, codes = np.array([1.0, 2.0], np.float32), np.array([1, 2], np.uint8)
     assert build_header([("a", "[f32]", scores), ("b", "[u8]", codes)], []) == plain
     assert build_header([("a", "[f32]", (1.0, 2.0)), ("b", "[u8]", (1, 2))], []) == plain
-
-
-def test_tensor_bytes() -> None:
-    assert tensor_bytes("F16", (3, 5)) == 30
-    assert tensor_bytes("Q6_K", (2, 512)) == 4 * 210
-    for dtype, shape in [("Q2_K", (256,)), ("F32", (0,)), ("Q8_0", (33,)), ("F32", ())]:
-        with pytest.raises(ValueError, match=r"supported|empty|multiple|dimensions"):
-            tensor_bytes(dtype, shape)
 
 
 # --- models in several files ---

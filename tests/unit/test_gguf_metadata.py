@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from nano import Nano
 from rounding import nearest
 from synthetic import nano_config
 from zaya_convert import __version__
-from zaya_convert.config import replace
 from zaya_convert.convert import execute
 from zaya_convert.errors import InputError
 from zaya_convert.export.gguf.metadata import model_entries, size_label
@@ -479,10 +479,11 @@ def test_token_ids_beyond_reason_are_left_out(file: Path, tmp_path: Path) -> Non
         found["tokenizer.ggml.bos_token_id"] = ("u32", 2**32 - 1)
         found["tokenizer.ggml.eos_token_id"] = ("u32", 7)
         found["tokenizer.ggml.eot_token_id"] = ("u32", 9)
+        found["tokenizer.ggml.eom_token_id"] = ("u32", 8)
         found["tokenizer.ggml.padding_token_id"] = ("str", "0")
 
     config = open_model(str(rewrite(file, tmp_path / "x.gguf", keys=change))).config
-    assert (config.bos_id, config.eos_ids, config.pad_id) == (None, (7, 9), None)
+    assert (config.bos_id, config.eos_ids, config.pad_id) == (None, (7, 9, 8), None)
 
 
 def test_the_embedding_decides_the_vocabulary(file: Path, tmp_path: Path) -> None:

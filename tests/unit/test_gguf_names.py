@@ -1,6 +1,7 @@
 """The three GGUF dialects, against the names and shapes that their loaders ask for."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from dialects import CONFIG, NAMES
 from synthetic import nano_config
 from zaya_convert import layout
-from zaya_convert.config import ModelConfig, replace
+from zaya_convert.config import ModelConfig
 from zaya_convert.export.gguf.names import DIALECTS, Place, detect
 from zaya_convert.layout import TensorKey
 

@@ -272,7 +272,8 @@ def test_a_run_goes_on_from_its_file(
         )
     assert again == rounds
     assert path.read_bytes().startswith(whole)
-    assert records.read_run(path)[1] == rounds
+    with records.open_run(path, HEAD, resume=True) as file:
+        assert file.rounds == rounds
 
 
 def test_a_file_of_another_run_is_refused(tmp_path: Path, rounds: list[Round]) -> None:
@@ -315,7 +316,8 @@ def test_nothing_changes_before_a_round_is_done(tmp_path: Path, rounds: list[Rou
     assert path.read_text() == "what was there"
     with records.open_run(path, HEAD, resume=False, overwrite=True) as file:
         file.append(rounds[0])
-    assert records.read_run(path) == (HEAD, rounds[:1])
+    with records.open_run(path, HEAD, resume=True) as file:
+        assert file.rounds == rounds[:1]
     whole = path.read_bytes()
     path.write_bytes(whole[:50])  # killed while it wrote the first round
     with records.open_run(path, HEAD, resume=True) as file:

@@ -109,13 +109,6 @@ def _lock(file: IO[bytes], path: Path) -> None:
         raise OutputExistsError(f"{path} is being written by another run") from None
 
 
-def read_run(path: Path) -> tuple[dict[str, Any], list[Round]]:
-    """The header and the whole rounds of a file."""
-    lines = path.read_bytes().split(b"\n")
-    rounds, _ = _rounds(path, lines)
-    return json.loads(lines[0]), rounds
-
-
 def _read(path: Path, head: Mapping[str, Any]) -> tuple[list[Round], int]:
     """Whole rounds of a file, and where they end; none where even the header is torn."""
     data = path.read_bytes()
