@@ -229,3 +229,15 @@ def test_sizes(text: str, expected: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)
+
+
+def test_statistics_that_could_not_be_kept_are_refused_before_the_work(
+    zaya: Zaya, nano_hybrid: Path, tmp_path: Path
+) -> None:
+    plan = ("quantize", nano_hybrid, "-o", tmp_path / "out", "--method", "gptq", "--stats")
+    done = zaya(*plan, tmp_path)
+    assert (done.code, "is a directory" in done.err) == (2, True)
+    (tmp_path / "file").touch()
+    done = zaya(*plan, tmp_path / "file" / "stats")
+    assert (done.code, "is no folder" in done.err) == (5, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

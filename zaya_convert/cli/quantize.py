@@ -55,7 +55,7 @@ _DEFAULT_RECIPES = {"gguf": "q4_k_m", "onnx": "onnx-int4"}  # others: int4
 )
 @click.option(
     "--stats",
-    type=click.Path(path_type=Path),
+    type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="Calibration to use, made and kept there if there is none yet; or an imatrix (.gguf).",
 )
@@ -209,6 +209,7 @@ class _Job:
         Raises:
             UsageError: an imatrix that is not enough, or is not there.
             InputError: neither statistics nor an imatrix.
+            OutputError: statistics could not be kept there.
         """
         if self.path is None:
             return
@@ -218,6 +219,8 @@ class _Job:
             imatrix.check_uses(self.path, {s.method for s in plan.steps if s.method}, allocates)
         elif self.path.suffix.lower() == imatrix.SUFFIX and not self.path.exists():
             raise UsageError(f"no file {self.path}; `zaya-convert calibrate --imatrix` makes one")
+        elif not (self.path.exists() or self.writing.dry_run):
+            check_writable(self.path)
 
     def stats(self, sensitivity: bool) -> Stats:
         """Read the statistics, or calibrate."""
