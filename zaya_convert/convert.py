@@ -23,7 +23,7 @@ from zaya_convert import __version__, card, equalize, manifest, publish
 from zaya_convert.checkpoint import SourceDigest
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.export import packing
-from zaya_convert.export.container import Container, Outcome, PlannedFiles
+from zaya_convert.export.container import Container, Outcome, PlannedFiles, split
 from zaya_convert.layout import TensorKey
 from zaya_convert.plan import Plan, Step
 from zaya_convert.prefix import Prefix, on_prefix
@@ -150,10 +150,12 @@ def _check_apart(plan: Plan, out: Path) -> None:
     """Refuse an output that is, holds or replaces a part of the input.
 
     Raises:
-        UsageError: also for a single file of a format that has none.
+        UsageError: also for a single file of a format that has none, or of a plan for several.
     """
     if is_file(out) and not plan.packing.startswith("gguf"):
         raise UsageError(f"{out} is a name for GGUF; {plan.packing} writes a folder")
+    if is_file(out) and len(split(plan.arrays, plan.shard_bytes)) > 1:
+        raise UsageError(f"{out}: splitting makes several files; name a folder instead")
     target = out.resolve()
     for path in (plan.source.path, *plan.source.files):
         if path.resolve().is_relative_to(target):
@@ -168,8 +170,6 @@ def _run_steps(
     """Run what the journal does not vouch for; returns the records of all steps by name."""
     run = _Run(plan, place, Worker(plan, files), Journal(place, files.descriptors), progress)
     try:
-        if is_file(place.out) and len(files.names) > 1:
-            raise UsageError(f"{place.out}: splitting makes several files; name a folder instead")
         _keep_freed_memory()
         run.resume(files)
         with one_thread_each():

@@ -143,6 +143,12 @@ def test_parts_are_no_single_file(zaya: Zaya, plain: Path, tmp_path: Path) -> No
     assert (done.code, done.out) == (2, "")
     assert "splitting makes several files; name a folder instead" in done.err
     assert names(tmp_path) == []
+    # before any calibration
+    done = zaya("quantize", plain, "--format", "gguf", "--shard-size", "50kB", "-o", out)
+    assert (done.code, done.out) == (2, "")
+    assert "splitting makes several files" in done.err
+    assert "calibrat" not in done.err
+    assert names(tmp_path) == []
     # one that is large enough is no split
     assert zaya("export", plain, "--to", "gguf", "--shard-size", "5GB", "-o", out).code == 0
 
@@ -372,8 +378,8 @@ def test_block_types_stay_in_gguf(zaya: Zaya, nano: Nano, tmp_path: Path) -> Non
 
 
 def test_quantizing_twice_is_refused(zaya: Zaya, made: dict[str, Path], tmp_path: Path) -> None:
-    for format in ("gguf", "safetensors"):
-        done = zaya("quantize", made["Q4_0"], "--format", format, "-o", tmp_path / "x.gguf")
+    for format, name in (("gguf", "x.gguf"), ("safetensors", "x")):
+        done = zaya("quantize", made["Q4_0"], "--format", format, "-o", tmp_path / name)
         assert done.code == 2
         assert "quantized already" in done.err
     again = ("export", made["Q4_0"], "--to", "gguf", "--type", "Q8_0", "-o", tmp_path / "x.gguf")
@@ -413,6 +419,7 @@ def test_floats_in_gguf_can_be_quantized(
         ("quantize", ["--format", "gguf", "--packing", "auto-round"], "GGUF has --dialect"),
         ("export", ["--dialect", "combined40", "--packing", "dense"], "--dialect is for GGUF"),
         ("quantize", ["--dialect", "yggdrasil"], "--dialect is for GGUF"),
+        ("export", [], "name one, or give --to gguf"),
         ("export", ["--packing", "dense"], "is a name for GGUF; dense writes a folder"),
         ("quantize", ["--bits", "4"], "is a name for GGUF; compressed-tensors writes a folder"),
         ("export", ["--to", "gguf", "--type", "Q9_9"], "'Q9_9' is not one of"),
@@ -426,6 +433,14 @@ def test_options_of_another_format(
     assert (done.code, done.out) == (2, "")
     assert says in done.err
     assert not any(tmp_path.iterdir())
+
+
+def test_rows_that_no_block_divides(zaya: Zaya, nano: Nano, tmp_path: Path) -> None:
+    source, out = nano("hybrid", layers=1, hidden=80), tmp_path / "x.gguf"
+    done = zaya("export", source, "--to", "gguf", "--type", "Q4_K", "-o", out)
+    assert (done.code, done.out) == (3, "")
+    assert "rows of 80 weights are no whole number of 32" in done.err
+    assert zaya("export", source, "--to", "gguf", "--type", "F16", "-o", out).code == 0
 
 
 def test_models_that_a_dialect_cannot_hold(

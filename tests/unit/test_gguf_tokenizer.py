@@ -198,6 +198,8 @@ def test_without_a_beginning(own: Files) -> None:
     [
         ({}, {"eos_token_id": 1}, {"eos": 1}),
         ({}, {"eos_token_id": [1, 5]}, {"eos": 1, "eot": 5}),
+        ({}, {"eos_token_id": [1, 5, 7]}, {"eos": 1, "eot": 5, "eom": 7}),
+        ({}, {"eos_token_id": [-1, 768]}, {}),
         ({"eos_token": "<eos>"}, {}, {"eos": 1}),
         ({"eos_token": {"content": "<|im_end|>"}}, {}, {"eos": 5}),
         ({"eos_token": "<nowhere>"}, {}, {}),
@@ -213,7 +215,7 @@ def test_stop_tokens(
         "generation_config.json": json.dumps(stop).encode(),
     }
     found = said(files, config)
-    for name in ("eos", "eot"):
+    for name in ("eos", "eot", "eom"):
         assert found.get(f"ggml.{name}_token_id") == (("u32", ids[name]) if name in ids else None)
 
 
@@ -401,6 +403,17 @@ def test_special_tokens_keep_their_ids_without_texts() -> None:
     assert {key.rpartition(".")[2]: value for key, _, value in found[1:]} == {
         "bos_token_id": 2, "eos_token_id": 5, "eot_token_id": 1, "padding_token_id": 0,
     }  # fmt: skip
+
+
+def test_stop_tokens_of_a_tokenizer_that_cannot_be_said() -> None:
+    files = {
+        "tokenizer.json": b'{"model": {"type": "Unigram"}}',
+        "generation_config.json": b'{"eos_token_id": [5, 1]}',
+    }
+    found, reason = entries(files, nano_config(vocab_rows=400, eos_ids=(1,)))
+    assert reason
+    assert ("tokenizer.ggml.eos_token_id", "u32", 5) in found
+    assert ("tokenizer.ggml.eot_token_id", "u32", 1) in found
 
 
 def test_no_tokenizer_is_noted(nano: Nano) -> None:

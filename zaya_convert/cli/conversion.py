@@ -48,7 +48,13 @@ class Writing:
             return DIALECTS[self.dialect] if self.dialect else FORMATS["gguf"][0]
         if self.dialect:
             raise UsageError("--dialect is for GGUF; give --to gguf (or --format gguf)")
-        return self.packing or FORMATS[self.format][0]
+        usual = self.packing or FORMATS[self.format][0]
+        if self.output and self.output.suffix == ".gguf":
+            raise UsageError(
+                f"{self.output} is a name for GGUF; {usual} writes a folder: name one, or give "
+                "--to gguf (or --format gguf)"
+            )
+        return usual
 
 
 def default_output(source: Checkpoint, model: str | None, suffix: str) -> Path:

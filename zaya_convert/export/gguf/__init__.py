@@ -17,7 +17,7 @@ from zaya_convert.config import ModelConfig
 from zaya_convert.export.arrays import Array, Region, piece_of
 from zaya_convert.export.gguf.names import DIALECTS, Dialect
 from zaya_convert.layout import TensorKey
-from zaya_quant.spec import Spec, holding_type
+from zaya_quant.spec import BLOCK_TYPES, Spec, holding_type
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from zaya_convert.export.container import Container
     from zaya_convert.plan import Plan
     from zaya_quant.qtensor import Quantized
+
+_LEAST_BLOCK = BLOCK_TYPES["Q4_0"][0]  # weights
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,17 @@ class Gguf:
 
     def problems(self, info: TensorInfo, spec: Spec) -> list[str]:
         """No block type holds this grid exactly."""
-        if holding_type(spec, info.shape[1]):
+        columns = info.shape[1]
+        if holding_type(spec, columns):
             return []
+        if columns % _LEAST_BLOCK:
+            return [
+                f"its rows of {columns} weights are no whole number of {_LEAST_BLOCK}, the least "
+                "that GGUF has in a block; keep it float"
+            ]
         return [
-            f"no block type of GGUF holds {spec.label} with {info.shape[1]} inputs exactly; blocks "
-            "are symmetric with fp16 scales for 32 weights, or of a type like Q4_K"
+            f"no block type of GGUF holds {spec.label} with {columns} inputs exactly; blocks "
+            f"are symmetric with fp16 scales for {_LEAST_BLOCK} weights, or of a type like Q4_K"
         ]
 
     def unit(self, key: TensorKey, spec: Spec | None) -> tuple[str, str]:

@@ -33,6 +33,7 @@ _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q3_K": 11,
     "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
 }  # fmt: skip
+_STOP_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _FILE_TYPES_MIXED = {"q4_k_m": 15, "q5_k_m": 17}
 
 
@@ -82,7 +83,7 @@ def read_config(header: GgufHeader, dialect: Dialect, vocab_rows: int, tied: boo
     sliding = found.number("rope.freq_base_swa", theta)
     eps = "attention.layer_norm_rms_epsilon"
     taps = found.integer("ssm.conv_kernel", 2)
-    stop = (_token(data, name) for name in ("eos_token_id", "eot_token_id"))
+    stop = (_token(data, name) for name in _STOP_TOKENS)
     config = ModelConfig(
         layers=layers,
         hidden=hidden,

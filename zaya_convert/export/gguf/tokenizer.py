@@ -57,7 +57,7 @@ def entries(files: Files, config: ModelConfig) -> tuple[list[Entry], str]:
 def _entries(raw: Mapping[str, Any], files: Files, config: ModelConfig) -> tuple[list[Entry], str]:
     kind, split, reason = _kind(raw)
     if reason:
-        ids = _special_ids({}, config, [])
+        ids = _special_ids(files, config, [])
         return [("tokenizer.ggml.model", "str", "none"), *ids], reason
     texts, types = _tokens(raw, config.vocab_rows)
     found: list[Entry] = [("tokenizer.ggml.model", "str", kind)]
@@ -188,7 +188,7 @@ def _merges(merges: Sequence[Any]) -> list[str]:
 
 
 def _special_ids(files: Files, config: ModelConfig, texts: Sequence[str]) -> list[Entry]:
-    """Ids of the special tokens; further stop tokens as end of turn."""
+    """Ids of the special tokens; further stop tokens as ends of turn and message."""
     named = tokenizer_files.specials(files)
     places = {text: i for i, text in enumerate(texts)}
     stop = tokenizer_files.stop_ids(files, {"eos_token_id": list(config.eos_ids)})
@@ -196,6 +196,7 @@ def _special_ids(files: Files, config: ModelConfig, texts: Sequence[str]) -> lis
         "bos": config.bos_id,
         "eos": stop[0] if stop else None,
         "eot": stop[1] if len(stop) > 1 else None,
+        "eom": stop[2] if len(stop) > 2 else None,
         "unknown": None,
         "padding": config.pad_id,
     }
@@ -205,7 +206,7 @@ def _special_ids(files: Files, config: ModelConfig, texts: Sequence[str]) -> lis
     return [
         (f"tokenizer.ggml.{name}_token_id", "u32", place)
         for name, place in ids.items()
-        if place is not None and place < config.vocab_rows
+        if place is not None and 0 <= place < config.vocab_rows
     ]
 
 
