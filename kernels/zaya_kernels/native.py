@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 
 import torch
@@ -92,7 +92,7 @@ def linear(
         ctypes.byref(_options(packed.fast, isa)),
     )
     check(status)
-    return out.to(x.dtype)
+    return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
 def moe_ffn(
@@ -139,7 +139,7 @@ def moe_ffn(
     rows_in_order = (ctypes.c_int64 * len(order))(*order)
     for group in _alike(found):
         _run(group, rows_in_order, _floats(x), _floats(weights), out, isa)
-    return out.to(x.dtype)
+    return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
 def embedding(ids: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -164,9 +164,9 @@ def with_packed(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _packed(weight: Weight, fast: bool) -> PackedWeight | None:
-    if isinstance(weight, Quantized):
-        return pack(weight, fast)
-    return weight if isinstance(weight, PackedWeight) else None
+    if isinstance(weight, PackedWeight):
+        return weight
+    return pack(weight, fast) if isinstance(weight, Quantized) else None
 
 
 _Found = tuple[Sequence[PackedWeight], int, int]
@@ -209,7 +209,7 @@ def _run(
             f"do not fit rows of {width}"
         )
     runs = (Run * len(group))(
-        *(Run(*(packed.matrix for packed in three), begin, end) for three, begin, end in group)
+        *((*(packed.matrix for packed in three), begin, end) for three, begin, end in group)
     )
     status = library().zk_moe_ffn(
         runs,
@@ -224,12 +224,19 @@ def _run(
 
 
 def _floats(tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor  # what follows would take two microseconds
     return tensor.detach().to(torch.float32).contiguous()
 
 
 def _options(fast: bool, isa: str | None) -> Options:
+    return _options_for(fast, isa, torch.get_num_threads())
+
+
+@cache
+def _options_for(fast: bool, isa: str | None, threads: int) -> Options:
     supported = supported_isas()
     if isa is not None and isa not in supported:
         raise ValueError(f"this machine cannot run {isa}; it can: {', '.join(supported)}")
     chosen = ISAS.index(isa or supported[-1])
-    return Options(int(fast), chosen, max(1, torch.get_num_threads()), 0)
+    return Options(int(fast), chosen, max(1, threads), 0)

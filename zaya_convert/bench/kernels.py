@@ -63,9 +63,9 @@ def cases(sizes: Sizes, threads: int, llama: Path | None = None) -> Iterator[Cas
     libraries = None if llama is None else ggml.load(llama)
     ceilings = dense_products(sizes.dense)
     for spec in SPECS:
-        yield experts_decode(spec, sizes, threads)
+        yield experts_decode(spec, sizes, threads, libraries)
         yield head_decode(spec, sizes, threads, libraries)
-        yield experts_prefill(spec, sizes, threads, ceilings)
+        yield experts_prefill(spec, sizes, threads, ceilings, libraries)
         yield linear_prefill(spec, sizes, threads, ceilings, libraries)
 
 
@@ -86,7 +86,9 @@ def read(weights: Sequence[PackedWeight], threads: int) -> Call:
     return call
 
 
-def experts_decode(spec: QuantSpec, sizes: Sizes, threads: int) -> Case:
+def experts_decode(
+    spec: QuantSpec, sizes: Sizes, threads: int, libraries: ggml.Libraries | None
+) -> Case:
     """One token by one expert after another."""
     first = packed_experts(spec, sizes.width, 1)[0]
     each = sum(matrix.nbytes for matrix in first)
@@ -101,14 +103,9 @@ def experts_decode(spec: QuantSpec, sizes: Sizes, threads: int) -> Case:
     contenders.append(
         Contender("read of the same bytes", [read(three, threads) for three in bank], CEILING)
     )
-    notes = []
-    if peers.has_onnxruntime():
-        call_of = peers.qmoe(spec.bits, spec.group_size, count, sizes.width, x, threads)
-        contenders.append(Contender("onnxruntime QMoE", [call_of(i) for i in ids], PEER))
-    else:
-        notes.append("onnxruntime QMoE: not installed (extra: onnx)")
+    found, notes = _expert_peers(spec, count, x, ids, threads, libraries)
     name = f"expert FFN, 1 token, {_label(spec)}, {count} experts of {sizes.width} in turn"
-    return Case(name, each, 2 * 3 * sizes.width**2, contenders, notes)
+    return Case(name, each, 2 * 3 * sizes.width**2, [*contenders, *found], notes)
 
 
 def packed_rows(spec: QuantSpec, rows: int, columns: int) -> PackedWeight:
@@ -153,7 +150,11 @@ def head_decode(
 
 
 def experts_prefill(
-    spec: QuantSpec, sizes: Sizes, threads: int, ceilings: Sequence[Contender]
+    spec: QuantSpec,
+    sizes: Sizes,
+    threads: int,
+    ceilings: Sequence[Contender],
+    libraries: ggml.Libraries | None,
 ) -> Case:
     """Many tokens, each by one of some experts."""
     x = torch.randn(sizes.tokens, sizes.width)
@@ -164,15 +165,10 @@ def experts_prefill(
         Contender(row.name, [partial(row.body, x, ids, shares, experts.__getitem__)])
         for row, experts in _experts_of(bank, spec)
     ]
-    notes = []
-    if peers.has_onnxruntime():
-        call_of = peers.qmoe(spec.bits, spec.group_size, sizes.experts, sizes.width, x, threads)
-        contenders.append(Contender("onnxruntime QMoE", [call_of(ids)], PEER))
-    else:
-        notes.append("onnxruntime QMoE: not installed (extra: onnx)")
+    found, notes = _expert_peers(spec, sizes.experts, x, [ids], threads, libraries)
     name = f"expert FFN, {sizes.tokens} tokens, {sizes.experts} experts, {_label(spec)}"
     operations = 2 * 3 * sizes.tokens * sizes.width**2
-    return Case(name, total, operations, [*contenders, *ceilings], notes)
+    return Case(name, total, operations, [*contenders, *found, *ceilings], notes)
 
 
 def linear_prefill(
@@ -222,6 +218,34 @@ def _linears(spec: QuantSpec, rows: int, x: Tensor) -> tuple[list[Contender], Pa
     return made, packed
 
 
+def _expert_peers(
+    spec: QuantSpec,
+    count: int,
+    x: Tensor,
+    ids: Sequence[Tensor],
+    threads: int,
+    libraries: ggml.Libraries | None,
+) -> tuple[list[Contender], list[str]]:
+    found: list[Contender] = []
+    notes: list[str] = []
+    if peers.has_onnxruntime():
+        call_of = peers.qmoe(spec.bits, spec.group_size, count, x.shape[1], x, threads)
+        found.append(Contender("onnxruntime QMoE", [call_of(i) for i in ids], PEER))
+    else:
+        notes.append("onnxruntime QMoE: not installed (extra: onnx)")
+    for kind in _ggml_types(spec, x):
+        for name, call_of in libraries.experts(kind, count, x, threads) if libraries else ():
+            found.append(Contender(name, [call_of(i) for i in ids], PEER))
+    return found, notes
+
+
+def _ggml_types(spec: QuantSpec, x: Tensor) -> list[str]:
+    """ggml's types of about as many bits, where its blocks fit."""
+    if spec.group_size != 32:
+        return []
+    return [spec.ggml_type, *(["Q4_K"] if spec.bits == 4 and x.shape[1] % 256 == 0 else [])]
+
+
 def _linear_peers(
     spec: QuantSpec, rows: int, x: Tensor, threads: int, libraries: ggml.Libraries | None
 ) -> tuple[list[Contender], list[str]]:
@@ -238,8 +262,8 @@ def _linear_peers(
         found.append(Contender(name, [call], PEER))
     except (RuntimeError, AttributeError) as error:
         notes.append(f"torch int{spec.bits}pack: {str(error).splitlines()[0]}")
-    if libraries is not None and spec.group_size == 32:
-        for name, call in libraries.products(spec.ggml_type, rows, x, threads):
+    for kind in _ggml_types(spec, x):
+        for name, call in libraries.products(kind, rows, x, threads) if libraries else ():
             found.append(Contender(name, [call], PEER))
     return found, notes
 
