@@ -103,6 +103,8 @@ def test_what_templates_may_use(tmp_path: Path, template: Any, text: str) -> Non
         ("{{ messages.append(1) }}", "unsafe"),
         ("{% if %}", "failed"),
         ("{{ 1 + 'a' }}", "failed"),
+        ("{{ 1 / 0 }}", "failed: division by zero"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "failed: maximum recursion"),
         (None, "no chat template"),
     ],
 )

@@ -144,7 +144,7 @@ class Tokenizer:
                     **variables,
                 )
             )
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
+        except Exception as error:  # a template is a program, and fails as programs do
             raise InputError(f"the chat template failed: {error}") from None
 
 
