@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.errors import InputError, UsageError
-from zaya_convert.layout import TensorKey, stored
+from zaya_convert.layout import BALANCING_BIASES, EXPERT_PARTS, TensorKey, stored
 from zaya_convert.models import open_model
-from zaya_convert.oracle import BALANCING_BIASES, require
+from zaya_convert.oracle import require
 from zaya_kernels.ops import FLOATS, LAYOUTS, Experts, Form, Matrix, pack, pack_experts
 from zaya_kernels.request import Request
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from transformers import ZayaForCausalLM
 
 NAME = "zaya"  # what transformers calls our implementation of experts
-_EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 def load_in_transformers(
@@ -95,7 +94,7 @@ class PackedLinear(nn.Module):
     def __init__(self, matrix: Matrix, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.form = tuple(matrix.form)
-        self._names = _hold(self, "packed", matrix.tensors)
+        self._names = _hold(self, matrix.tensors)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,7 +112,7 @@ class PackedEmbedding(nn.Module):
     def __init__(self, matrix: Matrix, dtype: torch.dtype) -> None:
         super().__init__()
         self.form, self.dtype = tuple(matrix.form), dtype
-        self._names = _hold(self, "packed", matrix.tensors)
+        self._names = _hold(self, matrix.tensors)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids [...] → [..., columns]."""
@@ -154,7 +153,7 @@ class ExpertBank(nn.Module):
     def __init__(self, which: Sequence[int], experts: Experts, count: int) -> None:
         super().__init__()
         self.gate_up, self.down = tuple(experts.gate_up), tuple(experts.down)
-        self._names = _hold(self, "packed", experts.tensors)
+        self._names = _hold(self, experts.tensors)
         places = torch.full((count,), -1)
         places[list(which)] = torch.arange(len(which))
         self.places: Tensor | None
@@ -230,8 +229,7 @@ class _Loading:
     def _load_experts(self, layer: int, module: Any) -> None:
         count = self._checkpoint.config.experts
         keys = [
-            [TensorKey(layer, f"mlp.experts.{part}.weight", expert) for part in _EXPERT_PARTS]
-            for expert in range(count)
+            [TensorKey(layer, part, expert) for part in EXPERT_PARTS] for expert in range(count)
         ]
         banks = pack_experts(
             [[self._checkpoint.read(k) for k in own] for own in keys], self._request
@@ -251,9 +249,9 @@ class _Loading:
             self._as_floats[spec.label] += 1
 
 
-def _hold(module: nn.Module, name: str, tensors: Sequence[Tensor]) -> list[str]:
+def _hold(module: nn.Module, tensors: Sequence[Tensor]) -> list[str]:
     """Register tensors as buffers, which move with their module; returns their names."""
-    names = [f"{name}_{index}" for index in range(len(tensors))]
+    names = [f"packed_{index}" for index in range(len(tensors))]
     for own, tensor in zip(names, tensors, strict=True):
         module.register_buffer(own, tensor)
     return names

@@ -159,6 +159,15 @@ PARTS: tuple[Part, ...] = (
 
 PART_BY_NAME: dict[str, Part] = {part.name: part for part in PARTS}
 
+# Matrices that receive the same inputs, in the order in which they are joined.
+QKV_PARTS = tuple(
+    f"self_attn.qkv_proj.{name}.weight"
+    for name in ("q_proj", "k_proj", "v_proj_current", "v_proj_delayed")
+)
+EXPERT_PARTS = tuple(f"mlp.experts.{name}_proj.weight" for name in ("gate", "up", "down"))
+# Added to fp32 probabilities, whatever the dtype of the rest.
+BALANCING_BIASES = "mlp.gate.balancing_biases"
+
 # Older hybrid files kept the router norm under its legacy name.
 _HYBRID_ALIASES = {"mlp.gate.router_mlp.norm.weight": "mlp.gate.rmsnorm_eda.weight"}
 

@@ -1,4 +1,4 @@
-"""transformers as the independent reference: the only file that imports it.
+"""transformers as the independent reference, on floats.
 
 Its habits make a plain ``from_pretrained`` unsafe here, so each is checked or undone:
 
@@ -22,13 +22,12 @@ import torch
 
 from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.errors import InputError, UsageError
-from zaya_convert.layout import PART_BY_NAME, TensorKey, stored
+from zaya_convert.layout import BALANCING_BIASES, PART_BY_NAME, TensorKey, stored
 from zaya_convert.models import open_model
 
 if TYPE_CHECKING:
     from transformers import ZayaForCausalLM
 
-BALANCING_BIASES = "mlp.gate.balancing_biases"
 _ROUNDING = 0.01  # bf16 has 8 bits: 0.2 % is usual, a wrong scheme gives 50 % and more
 
 

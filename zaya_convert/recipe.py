@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zaya_convert.errors import InputError, UsageError
-from zaya_convert.layout import PART_BY_NAME, TensorKey
+from zaya_convert.layout import EXPERT_PARTS, PART_BY_NAME, TensorKey
 from zaya_quant.spec import BLOCK_TYPES, QuantSpec, Spec, spec_of_type
 
 if TYPE_CHECKING:
@@ -61,7 +61,6 @@ _UNITS = {
 _GLOB = re.compile(r"[*?\[]")
 
 # Names that a glob on experts is tried on, when no model is at hand: more than ZAYA1-8B has.
-_EXPERT_PARTS = tuple(part.name for part in PART_BY_NAME.values() if part.role == "expert")
 _LAYERS, _EXPERTS = 64, 32
 
 
@@ -318,7 +317,7 @@ def _speaks_of_experts(rule: Rule) -> bool:
         return ROLES[rule.match] == "expert"
     return "expert" in rule.match or any(
         rule.matches(TensorKey(layer, part, expert))
-        for part in _EXPERT_PARTS
+        for part in EXPERT_PARTS
         for expert in range(_EXPERTS)
         for layer in range(_LAYERS)
     )

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.errors import InputError
-from zaya_convert.layout import TensorKey
+from zaya_convert.layout import EXPERT_PARTS, QKV_PARTS, TensorKey
 from zaya_convert.runtime.attention import Batch, attend, project
 from zaya_convert.runtime.model import residual
 from zaya_convert.runtime.router import rms_norm, route
@@ -42,17 +42,13 @@ from zaya_convert.threads import Threads, one_thread_each
 from zaya_kernels.table import Request, choose
 
 ROWS = 2048  # rows of a piece of work that may be cut anywhere
+POOLED = 1024  # rows of the pooled sample
 
 SITES: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": (
-        "self_attn.qkv_proj.q_proj.weight",
-        "self_attn.qkv_proj.k_proj.weight",
-        "self_attn.qkv_proj.v_proj_current.weight",
-        "self_attn.qkv_proj.v_proj_delayed.weight",
-    ),
+    "qkv_proj": QKV_PARTS,
     "o_proj": ("self_attn.o_proj.weight",),
-    "gate_up_proj": ("mlp.experts.gate_proj.weight", "mlp.experts.up_proj.weight"),
-    "down_proj": ("mlp.experts.down_proj.weight",),
+    "gate_up_proj": EXPERT_PARTS[:2],
+    "down_proj": EXPERT_PARTS[2:],
 }
 SITE_OF = {part: site for site, parts in SITES.items() for part in parts}
 
@@ -99,6 +95,11 @@ class Matrices(NamedTuple):
 
     original: tuple[Tensor, ...]
     used: tuple[Tensor, ...]
+
+    @property
+    def by_lane(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The visited model's, then the float model's."""
+        return self.used, self.original
 
 
 class Visitor(Protocol):
@@ -257,7 +258,7 @@ class Walk:
         chosen = visitor.visit(site, self._pieces(normed), (), pool.map)
         width = self.config.heads * self.config.head_dim
         mixed = [self._place(f"mixed{i}", (self.tokens, width)) for i in range(len(self._lanes))]
-        for lane, out, matrices in zip(self._lanes, mixed, reversed_pair(chosen), strict=False):
+        for lane, out, matrices in zip(self._lanes, mixed, chosen.by_lane, strict=False):
             own = {**parts, **_named(site, matrices)}
 
             def mix(span: slice, lane: Lane = lane, out: Tensor = out, own: Parts = own) -> None:
@@ -272,7 +273,7 @@ class Walk:
         site = Site(self.layer, "o_proj")
         pieces = self._pieces(lambda lane, span: by_lane[id(lane)][span])
         chosen = visitor.visit(site, pieces, (), pool.map)
-        for lane, out, matrices in zip(self._lanes, mixed, reversed_pair(chosen), strict=False):
+        for lane, out, matrices in zip(self._lanes, mixed, chosen.by_lane, strict=False):
             own = {**parts, **_named(site, matrices)}
 
             def add(span: slice, lane: Lane = lane, out: Tensor = out, own: Parts = own) -> None:
@@ -341,7 +342,7 @@ class Walk:
         )
         hidden = [
             F.silu(linear(x, gate)) * linear(x, up)
-            for x, (gate, up) in zip(inputs, reversed_pair(chosen), strict=False)
+            for x, (gate, up) in zip(inputs, chosen.by_lane, strict=False)
         ]
         gate, up = chosen.used
 
@@ -351,7 +352,7 @@ class Walk:
         site = Site(self.layer, "down_proj", expert)
         chosen = visitor.visit(site, _rows_of(hidden, shared, weights), [pooled_hidden], map)
         for lane, mine, h, (down,), update in zip(
-            lanes, own, hidden, reversed_pair(chosen), updates, strict=False
+            lanes, own, hidden, chosen.by_lane, updates, strict=False
         ):
             update[mine] = linear(h, down) * lane.weight[mine, None]
 
@@ -391,15 +392,6 @@ class Walk:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{name}.stream"
         return torch.from_numpy(np.memmap(path, np.float32, "w+", shape=shape))
-
-
-POOLED = 1024  # rows of the pooled sample
-
-
-def reversed_pair(chosen: Matrices) -> Iterator[tuple[Tensor, ...]]:
-    """Matrices by lane: the visited model's, then the float model's."""
-    yield chosen.used
-    yield chosen.original
 
 
 def finite_rows(rows: Rows) -> tuple[Rows, int]:

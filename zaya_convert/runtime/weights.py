@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zaya_convert.checkpoint import Checkpoint, Piece, torch_dtype
 from zaya_convert.errors import InputError
-from zaya_convert.layout import PART_BY_NAME, TensorKey
+from zaya_convert.layout import BALANCING_BIASES, EXPERT_PARTS, PART_BY_NAME, TensorKey
 from zaya_convert.runtime import packed_cache
 from zaya_convert.runtime.inputs import check_ids
 from zaya_kernels.packed import PackedWeight
@@ -29,9 +29,6 @@ from zaya_quant.spec import Spec
 Parts = Mapping[str, Tensor]
 Held = Tensor | Quantized | PackedWeight
 
-# The router adds these to fp32 probabilities whatever the dtype of the model.
-_ALWAYS_FP32 = ("mlp.gate.balancing_biases",)
-_EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 _MAPPED_BYTES = 1 << 20  # float matrices from this size on are mapped by fast runs
 _HEAD_BLOCK_BYTES = 8 << 20  # small enough for the allocator to reuse: 5 times faster than 64 MiB
 
@@ -103,8 +100,7 @@ class Weights:
         """The matrices of one expert, packed or dequantized."""
         found = self._experts.get((layer, index))
         if found is None:
-            names = (f"mlp.experts.{name}.weight" for name in _EXPERT_PARTS)
-            found = Expert(*(self._read(TensorKey(layer, name, index)) for name in names))
+            found = Expert(*(self._read(TensorKey(layer, part, index)) for part in EXPERT_PARTS))
             if self.resident:
                 self._experts[layer, index] = found
         return found
@@ -193,7 +189,7 @@ class Weights:
         return self._as_float(value) if isinstance(value, Tensor) else pack(value)
 
     def _read_float(self, key: TensorKey) -> Tensor:
-        if key.part in _ALWAYS_FP32:
+        if key.part == BALANCING_BIASES:
             return self.checkpoint.read_float(key, torch.float32)
         if self.packing is not None and (mapped := self._map_float(key)) is not None:
             return mapped

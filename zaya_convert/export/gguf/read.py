@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from zaya_convert import layout, manifest
 from zaya_convert.checkpoint import CHUNK_BYTES, Checkpoint, Piece, TensorInfo, piece_chunks
@@ -18,10 +18,10 @@ from zaya_convert.config import ModelConfig
 from zaya_convert.errors import InputError
 from zaya_convert.export.arrays import Array, piece_of
 from zaya_convert.export.gguf import metadata, tokenizer
-from zaya_convert.export.gguf.names import DIALECTS, Dialect, detect
+from zaya_convert.export.gguf.names import DIALECTS, Dialect, Place, detect
 from zaya_convert.gguf_header import GgufHeader, read_gguf, read_gguf_set
 from zaya_convert.headers import FLOAT_DTYPES, RawTensor
-from zaya_convert.layout import PART_BY_NAME, TensorKey
+from zaya_convert.layout import EXPERT_PARTS, PART_BY_NAME, TensorKey
 from zaya_quant.spec import BLOCK_TYPES, spec_of_type
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from zaya_quant.qtensor import Quantized
 
 _MAX_PROBLEMS = 1000
-_EXPERTS = ("mlp.experts.gate_proj.weight", "mlp.experts.up_proj.weight")
+_GATE, _UP, _ = EXPERT_PARTS
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -159,16 +159,16 @@ def _match(
 
 
 def _place(
-    dialect: Dialect, key: TensorKey, config: ModelConfig, tensors: Mapping[str, Any]
-) -> Any:
+    dialect: Dialect, key: TensorKey, config: ModelConfig, tensors: Mapping[str, object]
+) -> Place:
     """Where a file keeps a tensor; some keep gate and up rows of the experts apart."""
     place = dialect.place(key, config)
-    if key.part not in _EXPERTS or place.name in tensors:
+    if key.part not in (_GATE, _UP) or place.name in tensors:
         return place
-    half = "ffn_gate_exps" if key.part == _EXPERTS[0] else "ffn_up_exps"
+    half = "ffn_gate_exps" if key.part == _GATE else "ffn_up_exps"
     experts, rows, width = place.shape
     name = place.name.replace("ffn_gate_up_exps", half)
-    return type(place)(name, (experts, rows // 2, width), place.expert)
+    return Place(name, (experts, rows // 2, width), place.expert)
 
 
 def _mismatch(raw: RawTensor, shape: tuple[int, ...], key: TensorKey) -> str:
@@ -181,7 +181,7 @@ def _mismatch(raw: RawTensor, shape: tuple[int, ...], key: TensorKey) -> str:
     return "" if quantizable else f"is {raw.dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
 
 
-def _info(key: TensorKey, raw: RawTensor, place: Any, config: ModelConfig) -> TensorInfo:
+def _info(key: TensorKey, raw: RawTensor, place: Place, config: ModelConfig) -> TensorInfo:
     shape = layout.resolve(PART_BY_NAME[key.part].shape, config.dims)
     array = Array(raw.name, raw.dtype, raw.shape)
 

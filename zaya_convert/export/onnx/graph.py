@@ -32,7 +32,7 @@ from zaya_convert.export.arrays import Array
 from zaya_convert.export.onnx import places
 from zaya_convert.export.onnx.builder import CONTRIB, END, Builder, Locate
 from zaya_convert.export.onnx.places import QWEIGHT, SCALES, ZEROS, Specs
-from zaya_convert.layout import TensorKey
+from zaya_convert.layout import EXPERT_PARTS, QKV_PARTS, TensorKey
 from zaya_quant.spec import QuantSpec
 
 STATES = ("key", "value", "conv_state", "shift_state")
@@ -259,7 +259,7 @@ class _Graph:
         g, config, dims = self.g, self.config, self.config.dims
         h = self._norm(x, TensorKey(layer, "input_layernorm.weight"))
         h = g.op("Mul", h, shared.mask)
-        rows = self._linear(h, TensorKey(layer, places.QKV_PARTS[0]))
+        rows = self._linear(h, TensorKey(layer, QKV_PARTS[0]))
         blocks = g.op("Reshape", rows, shared.block)
         qk, current, delayed = g.ops(
             "Split", blocks, g.ints(dims["c"], dims["v"], dims["v"]), out=("", "", ""), axis=2
@@ -275,8 +275,8 @@ class _Graph:
             kv_num_heads=config.kv_heads, do_rotary=1, scale=config.head_dim**-0.5,
         )  # fmt: skip
         mixed = g.op("Reshape", mixed, g.ints(-1, dims["q"]))
-        bias = self._bias_of(layer, "self_attn.o_proj")
-        out = self._linear(mixed, TensorKey(layer, "self_attn.o_proj.weight"), bias)
+        part = "self_attn.o_proj.weight"
+        out = self._linear(mixed, TensorKey(layer, part), self._bias_of(layer, part))
         return self._residual(x, out, layer, "post_attention_residual_scale")
 
     def _query_key(self, qk: str, layer: int, shared: _Shared) -> tuple[str, str]:
@@ -288,8 +288,7 @@ class _Graph:
         g, config = self.g, self.config
         heads, groups, dim = config.heads, config.kv_heads, config.head_dim
         if config.attention_bias:
-            names = (f"self_attn.qkv_proj.{name}" for name in places.QKV[:2])
-            both = g.op("Concat", *(self._bias_of(layer, name) for name in names), axis=0)
+            both = g.op("Concat", *(self._bias_of(layer, part) for part in QKV_PARTS[:2]), axis=0)
             # a padded column must be zero, as before the start
             mask = g.op("Reshape", shared.mask, shared.block)
             qk = g.op("Mul", g.op("Add", qk, both), mask)
@@ -336,9 +335,7 @@ class _Graph:
         g.op("Squeeze", last, g.ints(1), out=f"present.{layer}.shift_state")
         shifted = g.op("Slice", rows, g.ints(0), g.ints(-1), g.ints(1))
         if self.config.attention_bias:
-            of_current, of_delayed = (
-                self._bias_of(layer, f"self_attn.qkv_proj.{name}") for name in places.QKV[2:]
-            )
+            of_current, of_delayed = (self._bias_of(layer, part) for part in QKV_PARTS[2:])
             current, shifted = g.op("Add", current, of_current), g.op("Add", shifted, of_delayed)
         return g.op("Concat", current, shifted, axis=2)
 
@@ -421,7 +418,7 @@ class _Graph:
         gate, up = self._gate_up(rows, layer)
         product = self._silu_product(gate, up)
         product = g.op("Reshape", product, g.ints(-1, self.config.expert_width))
-        out = self._per_expert(self._by_expert(product, counts), layer, places.EXPERT_PARTS[2])
+        out = self._per_expert(self._by_expert(product, counts), layer, EXPERT_PARTS[2])
         nothing = g.op("ConstantOfShape", g.op("Shape", h))
         return g.op("ScatterND", nothing, g.op("Unsqueeze", order, g.ints(1)), out)
 
@@ -431,7 +428,7 @@ class _Graph:
 
     def _gate_up(self, rows: list[str], layer: int) -> list[str]:
         """Gate and up of sorted rows; quantized ones [m, W, 1], as their rows take turns."""
-        gate, up, _ = places.EXPERT_PARTS
+        gate, up, _ = EXPERT_PARTS
         if self._expert_spec(layer) is None:
             return [self._per_expert(rows, layer, part) for part in (gate, up)]
         g = self.g
@@ -519,9 +516,9 @@ class _Graph:
         """A float tensor that is no matrix."""
         return self.g.weight(places.regions(key, None, self.config)[""].array)
 
-    def _bias_of(self, layer: int, module: str) -> str:
+    def _bias_of(self, layer: int, part: str) -> str:
         """The bias of an attention matrix, or "" in models without them."""
-        key = TensorKey(layer, f"{module}.bias")
+        key = TensorKey(layer, part.removesuffix("weight") + "bias")
         return self._vector(key) if self.config.attention_bias else ""
 
     def _arrays(self, key: TensorKey) -> tuple[QuantSpec | None, dict[str, Array]]:
@@ -533,9 +530,9 @@ class _Graph:
 
     def _expert_spec(self, layer: int) -> QuantSpec | None:
         """How a layer's experts are quantized, which all share."""
-        return self._arrays(TensorKey(layer, places.EXPERT_PARTS[0], 0))[0]
+        return self._arrays(TensorKey(layer, EXPERT_PARTS[0], 0))[0]
 
     def _expert_arrays(self, layer: int) -> tuple[dict[str, Array], dict[str, Array]]:
         """The arrays of a layer's quantized experts: gate and up, down."""
-        gate, _, down = (TensorKey(layer, part, 0) for part in places.EXPERT_PARTS)
+        gate, _, down = (TensorKey(layer, part, 0) for part in EXPERT_PARTS)
         return self._arrays(gate)[1], self._arrays(down)[1]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from zaya_convert.config import ModelConfig
 from zaya_convert.export.arrays import Array, Region, piece_of
-from zaya_convert.layout import PART_BY_NAME, TensorKey, resolve
+from zaya_convert.layout import EXPERT_PARTS, PART_BY_NAME, QKV_PARTS, TensorKey, resolve
 from zaya_quant.spec import QuantSpec, Spec
 
 Specs = Mapping[TensorKey, Spec | None]
@@ -29,10 +29,7 @@ Specs = Mapping[TensorKey, Spec | None]
 BITS = (4, 8)
 QWEIGHT, SCALES, ZEROS = ".qweight", ".scales", ".zeros"
 
-QKV = ("q_proj", "k_proj", "v_proj_current", "v_proj_delayed")
-QKV_PARTS = tuple(f"self_attn.qkv_proj.{name}.weight" for name in QKV)
-_GATE, _UP, _DOWN = (f"mlp.experts.{name}_proj.weight" for name in ("gate", "up", "down"))
-EXPERT_PARTS = (_GATE, _UP, _DOWN)
+_GATE, _UP, _DOWN = EXPERT_PARTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +135,7 @@ def problems(key: TensorKey, shape: tuple[int, ...], spec: Spec) -> list[str]:
 
 
 def qkv_widths(config: ModelConfig) -> tuple[int, int, int, int]:
-    """Rows of each projection in ``QKV``."""
+    """Rows of each projection in ``QKV_PARTS``."""
     dims = config.dims
     return dims["q"], dims["k"], dims["v"], dims["v"]
 
