@@ -277,7 +277,7 @@ def _check_space(folder: Path, needed: int, partial: Path) -> None:
         have += sum(path.stat().st_blocks * 512 for path in partial.rglob("*"))
     if needed > have:
         raise OutputError(
-            f"{folder}: needs {needed / 2**30:.2f} GiB, only {have / 2**30:.2f} GiB are free"
+            f"{folder}: needs {needed / 1e6:,.0f} MB, only {have / 1e6:,.0f} MB are free"
         )
 
 
