@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -339,6 +340,18 @@ def test_a_damaged_file_is_refused(tmp_path: Path, rounds: list[Round]) -> None:
     path.write_bytes(b"".join([*lines[:2], *lines[3:]]))
     with pytest.raises(InputError, match="not whole"), records.open_run(path, HEAD, resume=True):
         pass
+    row = json.loads(lines[2])
+    changes = [
+        {"problem": None},
+        {"boxed": "8"},
+        {"tokens": row["tokens"][:-1]},
+        {"new_tokens": -1},
+    ]
+    for change in changes:
+        other = json.dumps(row | change).encode() + b"\n"
+        path.write_bytes(b"".join([*lines[:2], other, *lines[3:]]))
+        with pytest.raises(InputError, match="changed"), records.open_run(path, HEAD, resume=True):
+            pass
     path.write_bytes(b"".join([*lines[:2], b"{}\n", *lines[2:]]))
     with pytest.raises(InputError, match="damaged"), records.open_run(path, HEAD, resume=True):
         pass

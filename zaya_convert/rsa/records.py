@@ -1,14 +1,15 @@
 """A run on disk: a JSON Lines file that grows by whole rounds, and from which a run goes on.
 
 The first line says what the run is of; a run that differs in any of it is refused. Then come the
-candidates, one a line, each round closed by a line that says so. Lines behind the last such line
-are of a round that was interrupted, and are dropped. Nothing is written or dropped before the first
-round is done, so a run that fails at once leaves what was there.
+candidates, one a line, each round closed by a line with their digest. Lines behind the last such
+line are of a round that was interrupted, and are dropped. Nothing is written or dropped before the
+first round is done, so a run that fails at once leaves what was there.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import stat
@@ -22,7 +23,7 @@ from zaya_convert import __version__
 from zaya_convert.errors import InputError, OutputError, OutputExistsError
 from zaya_convert.rsa.loop import Candidate, Round
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass
@@ -41,10 +42,10 @@ class RunFile:
 
     def append(self, found: Round) -> None:
         """Add one round: all of it is on disk when this returns, or none of it counts."""
-        rows = [candidate.to_dict() for row in found for candidate in row]
-        rows.append({"end_of_round": len(self.rounds), "candidates": len(rows)})
-        head = () if self._end else (self._head,)
-        data = b"".join(_line(row) for row in (*head, *rows))
+        head = b"" if self._end else _line(self._head)
+        rows = b"".join(_line(candidate.to_dict()) for row in found for candidate in row)
+        end = {"end_of_round": len(self.rounds), "sha256": hashlib.sha256(rows).hexdigest()}
+        data = head + rows + _line(end)
         try:
             self._file.truncate(self._end)
             self._file.write(data)
@@ -133,22 +134,24 @@ def _rounds(path: Path, lines: Sequence[bytes]) -> tuple[list[Round], int]:
     rounds: list[Round] = []
     end = position = len(lines[0]) + 1
     open_round: list[Candidate] = []
+    digest = hashlib.sha256()
     for number, line in enumerate(lines[1:-1], 2):  # what follows the last line break is torn
         position += len(line) + 1
         try:
             row = json.loads(line)
             if "end_of_round" not in row:
                 open_round.append(Candidate.from_dict(row))
+                digest.update(line + b"\n")
                 continue
-            if (row["end_of_round"], row["candidates"]) != (len(rounds), len(open_round)):
-                raise InputError("a round is not whole", f"{path}:{number}")
+            if (row["end_of_round"], row["sha256"]) != (len(rounds), digest.hexdigest()):
+                raise InputError("a round is not whole, or changed", f"{path}:{number}")
         except (ValueError, KeyError, TypeError):
             raise InputError("is damaged", f"{path}:{number}") from None
         by_problem: dict[int, list[Candidate]] = {}
         for candidate in open_round:
             by_problem.setdefault(candidate.problem, []).append(candidate)
         rounds.append([by_problem[index] for index in sorted(by_problem)])
-        open_round, end = [], position
+        open_round, digest, end = [], hashlib.sha256(), position
     return rounds, end
 
 
