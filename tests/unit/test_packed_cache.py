@@ -191,9 +191,9 @@ def test_a_file_that_cannot_be_mapped(
     wanted = logits(artifact)
 
     def vanished(*_: object, **__: object) -> None:
-        raise RuntimeError("No such file or directory")
+        raise FileNotFoundError
 
-    monkeypatch.setattr(packed_cache.torch, "from_file", vanished)
+    monkeypatch.setattr(packed_cache, "map_file", vanished)
     assert torch.equal(logits(artifact), wanted)
 
 

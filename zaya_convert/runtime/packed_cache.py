@@ -31,6 +31,7 @@ from torch import Tensor
 from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.errors import UsageError
 from zaya_convert.layout import TensorKey
+from zaya_convert.runtime.mapping import map_file
 from zaya_kernels.packed import ALIGNMENT, PackedWeight, layout_version, packed_bytes
 from zaya_quant.qtensor import Quantized
 from zaya_quant.spec import Spec
@@ -43,6 +44,7 @@ _ABANDONED = 24 * 3600  # seconds after which nobody still writes a partial file
 _HEADER = 4096
 _COMPARED = 1 << 24  # weights of the largest matrix that is packed anew only to be compared
 _SPARE = 1 << 30  # bytes of the disk that are left free
+_PIECE = 4 << 20  # bytes written at once: Linux keeps such files in large pages
 
 Pack = Callable[[Quantized], PackedWeight]
 
@@ -153,10 +155,9 @@ def _open(path: Path, total: int) -> Tensor | None:
     with suppress(OSError):  # a folder that others own
         os.utime(path)  # it was used now
     try:
-        whole = torch.from_file(str(path), shared=False, size=_HEADER + total, dtype=torch.uint8)
-    except RuntimeError:  # deleted meanwhile, or no memory to map it to
+        return map_file(path)[_HEADER:]
+    except OSError:  # deleted meanwhile, or no memory to map it to
         return None
-    return whole[_HEADER:]
 
 
 def _build(
@@ -166,11 +167,15 @@ def _build(
     partial = path.with_suffix(".partial")
     try:
         with partial.open("wb") as file:
-            file.write(_header(path, sum(sizes)))
+            held = bytearray(_header(path, sum(sizes)))
             for entry, size in zip(entries, sizes, strict=True):
                 data = _packed(checkpoint, entry).data
-                file.write(data.numpy().data)
-                file.write(bytes(size - len(data)))
+                held += data.numpy().data
+                held += bytes(size - len(data))
+                while len(held) >= _PIECE:
+                    file.write(held[:_PIECE])
+                    del held[:_PIECE]
+            file.write(held)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

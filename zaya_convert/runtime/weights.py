@@ -20,6 +20,7 @@ from zaya_convert.errors import InputError
 from zaya_convert.layout import BALANCING_BIASES, EXPERT_PARTS, PART_BY_NAME, TensorKey
 from zaya_convert.runtime import packed_cache
 from zaya_convert.runtime.inputs import check_ids
+from zaya_convert.runtime.mapping import map_file
 from zaya_kernels.packed import PackedWeight
 from zaya_kernels.reference import Expert
 from zaya_kernels.table import Request, choose
@@ -207,11 +208,8 @@ class Weights:
             return None
         try:
             if piece.file not in self._files:
-                size = piece.file.stat().st_size
-                self._files[piece.file] = torch.from_file(
-                    str(piece.file), shared=False, size=size, dtype=torch.uint8
-                )
-        except (OSError, RuntimeError):  # reading it will tell what is wrong
+                self._files[piece.file] = map_file(piece.file)
+        except OSError:  # reading it will tell what is wrong
             return None
         data = self._files[piece.file][piece.begin : piece.end]
         return data.view(dtype).view(piece.shape) if len(data) == piece.bytes else None
