@@ -12,10 +12,10 @@ A string is a u64 length and UTF-8; an array is a u32 element type, a u64 count 
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 
 **What a hostile header can do.** Every count and length is bounded by the bytes that follow it
-before it is used. A header is read in pieces, and twice: once to check all of it, with nothing
-kept but where the values are, and once to decode them. So a file that is refused, at whichever
-byte, costs its header's bytes and no more. ``MAX_...`` bound what an accepted one costs; the
-vocabulary and merges of a tokenizer with 262,144 tokens need half of them at most.
+before it is used. A header is read in pieces and checked, with nothing kept but where the values
+are; they are decoded when they are asked for. So a file that is refused, at whichever byte or for
+whatever it says, costs its header's bytes and no more. ``MAX_...`` bound what an accepted one
+costs; the vocabulary and merges of a tokenizer with 262,144 tokens need half of them at most.
 """
 
 import codecs
@@ -68,6 +68,7 @@ _DEFAULT_ALIGNMENT = 32
 _ALIGNMENT_KEY = "general.alignment"
 _CHUNK = 1 << 18  # bytes fetched, or checked, at a time
 _SHOWN = 80  # bytes of a refused key
+_SHORT = 1 << 20  # bytes of a value that is neither a vocabulary nor the like
 
 Value = int | float | bool | str | list[int] | list[float] | list[bool] | list[str]
 
@@ -94,7 +95,7 @@ class GgufHeader:
 
     Attributes:
         version: of the format, 2 or 3.
-        metadata: plain values by key, in file order.
+        metadata: plain values by key, in file order; each access decodes anew.
         kinds: by key the exact type of each value, ``u32``, ``str`` or ``[f32]`` for instance.
         tensors: by name in file order; shapes as torch has them, outermost first; byte ranges
             without the padding.
@@ -106,6 +107,18 @@ class GgufHeader:
     kinds: Mapping[str, str]
     tensors: Mapping[str, RawTensor]
     alignment: int
+
+    def short(self, key: str, default: Any = None) -> Any:
+        """A value that ought to be a number, a line, or something for each layer.
+
+        Returns:
+            The default when there is none, and words instead of a value of more than a MiB, which
+            would only cost memory to find out that it is not what it ought to be.
+        """
+        values = self.metadata
+        if isinstance(values, _Values) and values.bytes(key) > _SHORT:
+            return f"a value of {values.bytes(key)} bytes"
+        return values.get(key, default)
 
     def entries(self) -> list[tuple[str, str, Value]]:
         """The metadata as ``build_header`` takes it."""
@@ -284,11 +297,47 @@ def _element(what: str, index: int, count: int) -> str:
 
 
 class _Entry(NamedTuple):
-    """Where a metadata value is: its first byte, or its first element's."""
+    """Where a metadata value is: its first byte, or its first element's, and its end."""
 
     kind: str
     begin: int
+    end: int
     elements: int
+
+
+class _Values(Mapping[str, Value]):
+    """The values of a header that was checked, decoded when they are asked for."""
+
+    def __init__(self, buffer: bytearray, entries: Mapping[str, _Entry]) -> None:
+        self._buffer = buffer
+        self._entries = entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, key: str) -> Value:
+        kind, begin, _, count = self._entries[key]
+        if "str" in kind:
+            texts = list(self._texts(begin, count))
+            return texts if kind == "[str]" else texts[0]
+        code = _SCALARS[kind.strip("[]")][1]
+        numbers = struct.unpack_from(f"<{count}{code}", self._buffer, begin)
+        return list(numbers) if kind.startswith("[") else numbers[0]
+
+    def bytes(self, key: str) -> int:
+        """Bytes that a value has in the file, 0 when there is none."""
+        entry = self._entries.get(key)
+        return entry.end - entry.begin if entry else 0
+
+    def _texts(self, begin: int, count: int) -> Iterator[str]:
+        buffer, unpack = self._buffer, _U64.unpack_from
+        for _ in range(count):
+            start = begin + _U64.size
+            begin = start + unpack(buffer, begin)[0]
+            yield buffer[start:begin].decode()
 
 
 class _Info(NamedTuple):
@@ -320,7 +369,7 @@ def _read(path: Path, cursor: _Cursor) -> GgufHeader:
     tensors = _placed(path, cursor, list(infos.values()), alignment)
     return GgufHeader(
         version,
-        {key: _value(cursor, entry) for key, entry in entries.items()},
+        _Values(cursor.buffer, entries),
         {key: entry.kind for key, entry in entries.items()},
         tensors,
         alignment,
@@ -377,7 +426,7 @@ def _entry(cursor: _Cursor, what: str) -> _Entry:
         cursor.check_strings(1, what)
     else:
         _check_numbers(cursor, kind, 1, what)
-    return _Entry(kind, begin, 1)
+    return _Entry(kind, begin, cursor.pos, 1)
 
 
 def _array(cursor: _Cursor, what: str) -> _Entry:
@@ -400,7 +449,7 @@ def _array(cursor: _Cursor, what: str) -> _Entry:
     else:
         cursor.numbers = _spend(cursor, cursor.numbers, count, f"{MAX_NUMBERS} numbers in arrays")
         _check_numbers(cursor, kind, count, what)
-    return _Entry(f"[{kind}]", begin, count)
+    return _Entry(f"[{kind}]", begin, cursor.pos, count)
 
 
 def _kind(cursor: _Cursor, number: int, what: str) -> str:
@@ -424,19 +473,6 @@ def _check_numbers(cursor: _Cursor, kind: str, count: int, what: str) -> None:
     rest = cursor.buffer[begin : cursor.pos].translate(None, b"\x00\x01")
     if rest:
         raise cursor.error(f"{what} has {rest[0]} for a bool; only 0 and 1 are allowed")
-
-
-def _value(cursor: _Cursor, entry: _Entry) -> Value:
-    """Decode what was checked before."""
-    kind, begin, count = entry
-    cursor.pos = begin
-    if "str" in kind:
-        buffer = cursor.buffer
-        texts = [buffer[at:end].decode() for at, end in cursor.spans(count, "")]
-        return texts if kind == "[str]" else texts[0]
-    code = _SCALARS[kind.strip("[]")][1]
-    numbers = struct.unpack_from(f"<{count}{code}", cursor.buffer, begin)
-    return list(numbers) if kind.startswith("[") else numbers[0]
 
 
 def _info(cursor: _Cursor, index: int) -> _Info:
@@ -548,7 +584,7 @@ def read_gguf_set(path: Path) -> tuple[GgufHeader, tuple[Path, ...]]:
     """
     header = read_gguf(path)
     named = _PART_NAME.fullmatch(path.name)
-    count = header.metadata.get(_COUNT_KEY, 0)
+    count = header.short(_COUNT_KEY, 0)
     # 1 is a split into one; 0 is what merging the parts into one file leaves behind
     if header.kinds.get(_COUNT_KEY, "u16") in _INTEGERS and count in (0, 1):
         if named and int(named["count"]) > 1:
@@ -626,9 +662,9 @@ def _disagreements(first: GgufHeader | None, part: GgufHeader) -> list[str]:
         return []
     return [
         f"{key} differs from that of the first part"
-        for key, kind, value in part.entries()
+        for key, kind in part.kinds.items()
         if key in first.kinds and key not in _OF_ONE_PART
-        and (first.kinds[key] != kind or first.metadata[key] != value)
+        and (first.kinds[key] != kind or first.metadata[key] != part.metadata[key])
     ]  # fmt: skip
 
 

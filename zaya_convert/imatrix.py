@@ -203,7 +203,7 @@ def _header(path: Path) -> GgufHeader:
         InputError: damaged, or another kind of GGUF file.
     """
     header = read_gguf(path)
-    kind = header.metadata.get("general.type")
+    kind = header.short("general.type")
     if kind != "imatrix":
         said = f"its general.type is {str(kind)[:_SHOWN]!r}" if kind else "it has no general.type"
         raise InputError(f"is a GGUF file, but not an imatrix: {said}", path.name)
@@ -291,11 +291,10 @@ class _Reader:
 
     def facts(self, tokens: int, min_tokens: int) -> dict[str, Any]:
         """As in ``Stats``; an unknown model is ""."""
-        known = self.header.metadata
-        model = known.get(_OWN + "model")
+        model = self.header.short(_OWN + "model")
         own = self._own("min_tokens", "u64")
         return {
-            "description": _description(known.get("imatrix.datasets"), ours=bool(model)),
+            "description": _description(self.header.short("imatrix.datasets"), ours=bool(model)),
             "tokens": tokens,
             "tokens_digest": "",
             "model": str(model or ""),
@@ -321,7 +320,7 @@ class _Reader:
         if found != kind:
             self.problems.append(f"{_OWN}{key} is of type {found}, not {kind}")
             return None
-        return self.header.metadata.get(_OWN + key)
+        return self.header.short(_OWN + key)
 
 
 def _shape_problem(sums: RawTensor, counts: RawTensor, matrices: int, width: int) -> str:

@@ -7,7 +7,6 @@ Keys and types are those that the loaders of ``zaya`` read. Two of them mislead 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from zaya_convert import __version__
@@ -74,7 +73,7 @@ def read_config(header: GgufHeader, dialect: Dialect, vocab_rows: int, tied: boo
     Raises:
         InputError: keys that are missing or absurd, all of them.
     """
-    data, found = header.metadata, _Keys(header.metadata)
+    found = _Keys(header)
     layers = _layers(found, dialect)
     hidden, heads = found.integer("embedding_length"), found.integer("attention.head_count")
     head_dim = found.integer("attention.key_length", hidden // max(heads, 1))
@@ -83,7 +82,7 @@ def read_config(header: GgufHeader, dialect: Dialect, vocab_rows: int, tied: boo
     sliding = found.number("rope.freq_base_swa", theta)
     eps = "attention.layer_norm_rms_epsilon"
     taps = found.integer("ssm.conv_kernel", 2)
-    stop = (_token(data, name) for name in _STOP_TOKENS)
+    stop = (_token(header, name) for name in _STOP_TOKENS)
     config = ModelConfig(
         layers=layers,
         hidden=hidden,
@@ -98,11 +97,13 @@ def read_config(header: GgufHeader, dialect: Dialect, vocab_rows: int, tied: boo
         windows=windows,
         rope_thetas=tuple(sliding if window else theta for window in windows),
         rotary_dim=found.integer("rope.dimension_count", head_dim),
-        eps=found.number(eps if "zaya." + eps in data else "attention.layer_norm_epsilon", 1e-5),
+        eps=found.number(
+            eps if "zaya." + eps in header.kinds else "attention.layer_norm_epsilon", 1e-5
+        ),
         max_positions=found.integer("context_length", 131072),
         tied=tied,
-        pad_id=_token(data, "padding_token_id"),
-        bos_id=_token(data, "bos_token_id"),
+        pad_id=_token(header, "padding_token_id"),
+        bos_id=_token(header, "bos_token_id"),
         eos_ids=tuple(dict.fromkeys(token for token in stop if token is not None)),
     )
     if found.integer("expert_used_count", 1) != 1:
@@ -126,7 +127,7 @@ def _layers(found: _Keys, dialect: Dialect) -> int:
 def _windows(found: _Keys, layers: int) -> tuple[int, ...]:
     """The window of every layer; a period n means n - 1 sliding layers, then a full one."""
     window = found.integer("attention.sliding_window", 0, low=0)
-    pattern = found.metadata.get("zaya.attention.sliding_window_pattern", 2)
+    pattern = found.value("attention.sliding_window_pattern", 2)
     if type(pattern) is int:
         pattern = [pattern == 0 or i % pattern < pattern - 1 for i in range(layers)]
     if not isinstance(pattern, list) or len(pattern) != layers:
@@ -196,22 +197,23 @@ def placeholder(plan: Plan) -> Outcome:
 
 def read_manifest(header: GgufHeader) -> dict[str, Any]:
     """The facts of ``provenance_entries``, as a manifest has them; {} for other tools' files."""
-    data = header.metadata
-    digest, model = data.get(PROVENANCE + "source.digest"), data.get(PROVENANCE + "source.model")
+    digest, model, version, recipe = (
+        header.short(PROVENANCE + name)
+        for name in ("source.digest", "source.model", "version", "recipe")
+    )
     if not isinstance(digest, str) or not isinstance(model, str):
         return {}
     manifest: dict[str, Any] = {
-        "tool": {"name": "zaya-convert", "version": data.get(PROVENANCE + "version")},
+        "tool": {"name": "zaya-convert", "version": version},
         "source": {"digest": digest, "model": model},
     }
-    recipe = data.get(PROVENANCE + "recipe")
     if isinstance(recipe, str):
         try:
             manifest["recipe"] = json.loads(recipe)
         except ValueError:
             raise InputError(f"{PROVENANCE}recipe is not JSON", "metadata") from None
     names = ("digest", "data", "tokens")
-    calibration = {name: data.get(f"{PROVENANCE}calibration.{name}") for name in names}
+    calibration = {name: header.short(f"{PROVENANCE}calibration.{name}") for name in names}
     if all(value is not None for value in calibration.values()):
         manifest["calibration"] = calibration
     return manifest
@@ -265,22 +267,26 @@ def _theta(config: ModelConfig, sliding: bool) -> float:
     return next((t for w, t in pairs if bool(w) == sliding), config.rope_thetas[0])
 
 
-def _token(metadata: Mapping[str, Any], name: str) -> int | None:
-    value = metadata.get(f"tokenizer.ggml.{name}")
+def _token(header: GgufHeader, name: str) -> int | None:
+    value = header.short(f"tokenizer.ggml.{name}")
     return value if type(value) is int and 0 <= value < 1 << 31 else None
 
 
 class _Keys:
     """Typed access to a file's ``zaya.`` keys; complaints are collected."""
 
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
-        self.metadata = metadata
+    def __init__(self, header: GgufHeader) -> None:
+        self.header = header
         self.problems: list[str] = []
+
+    def value(self, key: str, default: Any) -> Any:
+        """What the file says, whatever it is."""
+        return self.header.short("zaya." + key, default)
 
     def integer(
         self, key: str, default: int | None = None, low: int = 1, high: int = 1 << 31
     ) -> int:
-        value = self.metadata.get("zaya." + key, default)
+        value = self.value(key, default)
         if isinstance(value, list) and value and all(v == value[0] for v in value):
             value = value[0]  # some writers repeat a figure for every block
         if type(value) is int and low <= value <= high:
@@ -290,7 +296,7 @@ class _Keys:
         return low
 
     def number(self, key: str, default: float) -> float:
-        value = self.metadata.get("zaya." + key, default)
+        value = self.value(key, default)
         if isinstance(value, int | float) and value is not True and 0 < value < 1e12:
             return float(f"{value:.7g}")  # fp32's 9.9999997e-06 is meant to be 1e-05
         self.problems.append(f"zaya.{key} is {value!r}, expected a positive number")

@@ -46,7 +46,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
 
 def _opened(path: Path, header: GgufHeader, folder: Path | None, file: Path) -> Checkpoint:
-    architecture = header.metadata.get("general.architecture")
+    architecture = header.short("general.architecture")
     if architecture != "zaya":
         raise InputError(f"its architecture is {architecture!r}, not 'zaya'", file.name)
     dialect = detect(header.tensors)
@@ -99,8 +99,8 @@ def verify_file(path: Path, progress: Callable[[int], None] = lambda _: None) ->
 def _intact(path: Path) -> bool:
     """Whether a header has the digest that stands in it."""
     header = read_gguf(path)
-    number = header.metadata.get("split.no", 0)
-    claimed = header.metadata.get(f"{metadata.HEADER_DIGEST}{number}")
+    number = header.short("split.no", 0)
+    claimed = header.short(f"{metadata.HEADER_DIGEST}{number}")
     if not isinstance(claimed, str):
         return False
     with path.open("rb") as file:
