@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from zaya_kernels.library import ISAS, Matrix, Options, check, library, load, supported_isas
+from zaya_kernels.library import Matrix, check, library, load, options
 from zaya_kernels.packed import PackedWeight
 from zaya_kernels.reference import Expert, Weight
 
@@ -263,8 +263,6 @@ class Step:
         logits = torch.empty(batch, self._rows)
         routes = torch.empty(self._layers, batch, dtype=torch.int32)
         weights = torch.empty(self._layers, batch)
-        chosen = ISAS.index(supported_isas()[-1])
-        options = Options(int(True in self._fast), chosen, max(1, torch.get_num_threads()), 0)
         status = library().zk_decode(
             ctypes.byref(self._model),
             native,
@@ -273,7 +271,7 @@ class Step:
             logits.data_ptr(),
             routes.data_ptr(),
             weights.data_ptr(),
-            ctypes.byref(options),
+            ctypes.byref(options(True in self._fast)),
         )
         check(status)
         return logits, routes, weights

@@ -1,7 +1,7 @@
 """``libzaya_kernels``: products with quantized weights on the CPU, loaded with ctypes.
 
-It has a plain C interface (``src/zaya_kernels.h``) and is optional: ``load`` tells why it is not
-there, and the table of kernels then chooses another body.
+``src/zaya_kernels.h`` is its interface. Where it is not there, ``load`` tells why, and the table of
+kernels chooses another body.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import ctypes
 import platform
 from functools import cache
-from pathlib import Path
+
+import torch
 
 import zaya_kernels
+from zaya_quant import shared_library
 
 _ABI_VERSION = 3
-_NAMES = ("libzaya_kernels.so", "libzaya_kernels.dylib")
 _ARM = platform.machine().lower() in ("aarch64", "arm64")
 ISAS = ("neon", "dotprod") if _ARM else ("base", "avx2", "avx512")
 
@@ -75,21 +76,9 @@ class Run(ctypes.Structure):
 @cache
 def load() -> tuple[ctypes.CDLL | None, str]:
     """The library, and where it is or why it is not."""
-    # An editable install has two folders: the sources, and site-packages with what was built.
-    folders = [Path(folder) / "_native" for folder in zaya_kernels.__path__]
-    candidates = [folder / name for folder in folders for name in _NAMES]
-    path = next((path for path in candidates if path.is_file()), None)
-    if path is None:
-        return None, f"no library in {', '.join(map(str, folders))}"
-    try:
-        library = ctypes.CDLL(str(path))
-        version = library.zk_abi_version()
-    except (OSError, AttributeError) as error:
-        return None, f"{path} does not load: {error}"
-    if version != _ABI_VERSION:
-        return None, f"{path} has interface version {version}; this package needs {_ABI_VERSION}"
-    _declare(library)
-    return library, str(path)
+    return shared_library.load(
+        "zaya_kernels", zaya_kernels.__path__, "zk_abi_version", _ABI_VERSION, _SIGNATURES
+    )
 
 
 def library() -> ctypes.CDLL:
@@ -117,19 +106,36 @@ def check(status: int) -> None:
         raise MemoryError("libzaya_kernels could not allocate its scratch memory")
 
 
-def _declare(library: ctypes.CDLL) -> None:
-    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-    signatures = {
-        "zk_best_isa": (i32, []),
-        "zk_packed_bytes": (i64, [pointer]),
-        "zk_layout_version": (i32, []),
-        "zk_pack": (None, [pointer, pointer, i32]),
-        "zk_unpack_rows": (None, [pointer, pointer, i64, pointer]),
-        "zk_read": (ctypes.c_uint64, [pointer, i64, i32]),
-        "zk_linear": (i32, [pointer, pointer, i64, pointer, pointer, pointer]),
-        "zk_moe_ffn": (i32, [pointer, i64, pointer, pointer, pointer, pointer, pointer]),
-        "zk_decode": (i32, [pointer] * 8),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+def options(fast: bool, isa: str | None = None) -> Options:
+    """How a call runs, on as many threads as torch uses.
+
+    Args:
+        isa: one of ``supported_isas``; None: the best.
+
+    Raises:
+        ValueError: this machine cannot run that.
+    """
+    return _options(fast, isa, torch.get_num_threads())
+
+
+@cache
+def _options(fast: bool, isa: str | None, threads: int) -> Options:
+    supported = supported_isas()
+    if isa is not None and isa not in supported:
+        raise ValueError(f"this machine cannot run {isa}; it can: {', '.join(supported)}")
+    chosen = ISAS.index(isa or supported[-1])
+    return Options(int(fast), chosen, max(1, threads), 0)
+
+
+_POINTER, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_SIGNATURES = {
+    "zk_best_isa": (_I32, []),
+    "zk_packed_bytes": (_I64, [_POINTER]),
+    "zk_layout_version": (_I32, []),
+    "zk_pack": (None, [_POINTER, _POINTER, _I32]),
+    "zk_unpack_rows": (None, [_POINTER, _POINTER, _I64, _POINTER]),
+    "zk_read": (ctypes.c_uint64, [_POINTER, _I64, _I32]),
+    "zk_linear": (_I32, [_POINTER, _POINTER, _I64, _POINTER, _POINTER, _POINTER]),
+    "zk_moe_ffn": (_I32, [_POINTER, _I64, *[_POINTER] * 5]),
+    "zk_decode": (_I32, [_POINTER] * 8),
+}

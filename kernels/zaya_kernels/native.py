@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from zaya_kernels import reference
-from zaya_kernels.library import ISAS, Options, Run, check, library, load, supported_isas
+from zaya_kernels.library import Run, check, library, load, options
 from zaya_kernels.packed import PackedWeight, pack
 from zaya_kernels.reference import Expert, Weight
 from zaya_kernels.request import TILES, Request
@@ -89,7 +89,7 @@ def linear(
         count,
         None if wide_bias is None else wide_bias.data_ptr(),
         out.data_ptr(),
-        ctypes.byref(_options(packed.fast, isa)),
+        ctypes.byref(options(packed.fast, isa)),
     )
     check(status)
     return out if x.dtype == torch.float32 else out.to(x.dtype)
@@ -218,7 +218,7 @@ def _run(
         x.data_ptr(),
         weights.data_ptr(),
         out.data_ptr(),
-        ctypes.byref(_options(gate.fast and up.fast and down.fast, isa)),
+        ctypes.byref(options(gate.fast and up.fast and down.fast, isa)),
     )
     check(status)
 
@@ -227,16 +227,3 @@ def _floats(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.float32 and tensor.is_contiguous():
         return tensor  # what follows would take two microseconds
     return tensor.detach().to(torch.float32).contiguous()
-
-
-def _options(fast: bool, isa: str | None) -> Options:
-    return _options_for(fast, isa, torch.get_num_threads())
-
-
-@cache
-def _options_for(fast: bool, isa: str | None, threads: int) -> Options:
-    supported = supported_isas()
-    if isa is not None and isa not in supported:
-        raise ValueError(f"this machine cannot run {isa}; it can: {', '.join(supported)}")
-    chosen = ISAS.index(isa or supported[-1])
-    return Options(int(fast), chosen, max(1, threads), 0)

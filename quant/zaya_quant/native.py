@@ -14,19 +14,17 @@ import ctypes
 import os
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import zaya_quant
-from zaya_quant import affine
+from zaya_quant import affine, shared_library
 from zaya_quant.affine import RowErrors
 from zaya_quant.qtensor import SCALE_DTYPES, BlockTensor, Quantized, QuantTensor
 from zaya_quant.spec import BLOCK_TYPES, QuantSpec
 
 _ABI_VERSION = 3
-_NAMES = ("libzaya_quant.so", "libzaya_quant.dylib", "zaya_quant.dll")
 ISAS = ("base", "avx2", "avx512")
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BLOCK_CODES = {name: index for index, name in enumerate(BLOCK_TYPES)}
@@ -331,35 +329,19 @@ def _library() -> ctypes.CDLL:
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    # An editable install has two folders: the sources, and site-packages with what was built.
-    folders = [Path(folder) / "_native" for folder in zaya_quant.__path__]
-    candidates = [folder / name for folder in folders for name in _NAMES]
-    path = next((path for path in candidates if path.is_file()), None)
-    if path is None:
-        return None, f"no library in {', '.join(map(str, folders))}"
-    try:
-        library = ctypes.CDLL(str(path))
-        version = library.zq_abi_version()
-    except (OSError, AttributeError) as error:
-        return None, f"{path} does not load: {error}"
-    if version != _ABI_VERSION:
-        return None, f"{path} has interface version {version}; this package needs {_ABI_VERSION}"
-    _declare(library)
-    return library, str(path)
+    return shared_library.load(
+        "zaya_quant", zaya_quant.__path__, "zq_abi_version", _ABI_VERSION, _SIGNATURES
+    )
 
 
-def _declare(library: ctypes.CDLL) -> None:
-    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-    signatures = {
-        "zq_best_isa": (i32, []),
-        "zq_quantize": (i32, [pointer, i32, pointer]),
-        "zq_quantize_blocks": (i32, [pointer, i32, i32, pointer]),
-        "zq_pack_blocks": (i32, [pointer]),
-        "zq_unpack_blocks": (None, [pointer]),
-        "zq_pack": (i64, [pointer, pointer, i64, i64, i32]),
-        "zq_unpack": (None, [pointer, pointer, i64, i64, i32]),
-        "zq_absmax_span": (i64, [pointer, i32, i64, i64, i64, pointer]),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+_POINTER, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_SIGNATURES = {
+    "zq_best_isa": (_I32, []),
+    "zq_quantize": (_I32, [_POINTER, _I32, _POINTER]),
+    "zq_quantize_blocks": (_I32, [_POINTER, _I32, _I32, _POINTER]),
+    "zq_pack_blocks": (_I32, [_POINTER]),
+    "zq_unpack_blocks": (None, [_POINTER]),
+    "zq_pack": (_I64, [_POINTER, _POINTER, _I64, _I64, _I32]),
+    "zq_unpack": (None, [_POINTER, _POINTER, _I64, _I64, _I32]),
+    "zq_absmax_span": (_I64, [_POINTER, _I32, _I64, _I64, _I64, _POINTER]),
+}

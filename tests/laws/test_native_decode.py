@@ -115,7 +115,7 @@ def test_the_step_computes_what_the_reference_does(form: str, nano: Nano) -> Non
 
 @pytest.mark.parametrize("isa", library.supported_isas())
 def test_every_instruction_set(isa: str, nano: Nano, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "supported_isas", lambda: (isa,))
+    monkeypatch.setattr(decode, "options", partial(library.options, isa=isa))
     source = open_source(nano(dtype=torch.float32))
     ids = tokens(5, 9)
     agree(in_blocks(native(source), ids, ones(9)), Model(source).forward(ids))
@@ -272,7 +272,7 @@ def quantized(
 
 @pytest.mark.parametrize("isa", library.supported_isas())
 def test_packed_matrices(isa: str, quantized: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "supported_isas", lambda: (isa,))
+    monkeypatch.setattr(decode, "options", partial(library.options, isa=isa))
     ids = tokens(6, 8)
     wanted, fast = Model(quantized).forward(ids), native(quantized)
     found = in_blocks(fast, ids, [3, *ones(5)])

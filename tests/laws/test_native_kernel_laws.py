@@ -352,7 +352,7 @@ def test_nothing_is_written_beside_the_outputs(isa: str, threads: int) -> None:
     """Rows of a tensor with guards before and behind them, and rows that no expert takes."""
     packed = pack(quantized(37, 65, QuantSpec(4, 32)), fast=True)
     x, guarded = draw(9, 65), torch.full((11, 37), 7.0)
-    options = ctypes.byref(native._options(True, isa))
+    options = ctypes.byref(library.options(True, isa))
     status = library.library().zk_linear(
         ctypes.byref(packed.matrix), x.data_ptr(), 9, None, guarded[1:].data_ptr(), options
     )
@@ -379,7 +379,7 @@ def test_a_fork_while_another_thread_computes() -> None:
     torch.set_num_threads(2)
     packed, x = pack(quantized(600, 256, QuantSpec(4, 32)), fast=True), draw(5, 256)
     wanted, stop = native.linear(x, packed), threading.Event()
-    room, options = torch.empty(5, 600), native._options(True, None)
+    room, options = torch.empty(5, 600), library.options(True)
 
     def compute() -> None:  # without torch, whose locks a child may inherit
         while not stop.is_set():
@@ -448,7 +448,7 @@ def test_the_interpreter_ends_with_sleeping_workers(end: str) -> None:
     script = f"""
         import ctypes, os, threading, torch
         from zaya_kernels import native
-        from zaya_kernels.library import library
+        from zaya_kernels.library import library, options as how
         from zaya_kernels.packed import pack
         from zaya_quant.qtensor import QuantTensor
         from zaya_quant.spec import QuantSpec
@@ -456,7 +456,7 @@ def test_the_interpreter_ends_with_sleeping_workers(end: str) -> None:
         spec = QuantSpec(4, 32)
         codes = torch.zeros(600, 256, dtype=torch.int8)
         packed = pack(QuantTensor(codes, torch.ones(600, 8).half(), None, spec))
-        x, out, options = torch.ones(256), torch.empty(600), native._options(True, None)
+        x, out, options = torch.ones(256), torch.empty(600), how(True)
         arguments = ctypes.byref(packed.matrix), x.data_ptr(), 1, None, out.data_ptr()
         def compute():  # without torch, which would not survive it
             while True:

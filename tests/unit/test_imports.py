@@ -22,7 +22,7 @@ _NUMERICS = ("torch", "numpy")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "zaya_quant": _NUMERICS,
     "zaya_quant.spec": (),
-    "zaya_kernels": ("zaya_quant.spec", "zaya_quant.qtensor", "torch"),
+    "zaya_kernels": ("zaya_quant.spec", "zaya_quant.qtensor", "zaya_quant.shared_library", "torch"),
     "zaya_kernels.triton.device": ("triton",),  # imported by its first launch
     # the index: headers only, no torch until a weight is read
     "zaya_convert.errors": (),

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zaya_kernels.grids import common
 from zaya_kernels.reference import Expert, Weight
 from zaya_kernels.request import Request
 from zaya_kernels.triton import configs
 from zaya_kernels.triton.layout import Packed, PackedExperts, pack_experts, packed_once
-from zaya_quant.spec import QuantSpec
 
 # The decode kernel computes each token by itself. Up to so many tokens that is the faster way on an
 # H100; one matrix for all is then read once for each of them, so it must be small, too.
@@ -30,7 +30,6 @@ MOE_DECODE_TOKENS = 16
 DECODE_TOKENS = 8
 DECODE_OUTPUTS = 2**14
 FEW_TOKENS = 32  # tokens of an expert up to which the small tile is taken
-GROUPS = (32, 64, 128)
 
 
 def can_run(request: Request) -> str | None:
@@ -40,7 +39,7 @@ def can_run(request: Request) -> str | None:
     if request.device != "cuda" and not interpreting():
         return "needs a CUDA or ROCm device, or TRITON_INTERPRET=1"
     spec = request.spec
-    if not isinstance(spec, QuantSpec) or spec.bits not in (4, 8) or spec.group_size not in GROUPS:
+    if spec is None or common(spec) != spec:
         return "for 4 and 8 bits in groups of 32, 64 or 128"
     if request.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return "for fp16, bf16 and fp32 activations"
