@@ -235,12 +235,14 @@ def test_torch_ops_take_the_kernels(spec: QuantSpec, count: int) -> None:
     assert table.choose("moe_ffn", replace(request, spec=head.form.spec)).name == "triton"
     x, ids, shares = draw(count, ROWS, seed=0), routing(count), draw(count, seed=3).abs()
     ids[ids == EXPERTS] = -1
+    bias = draw(head.form.rows, seed=4)
+    ids, shares, bias = (torch.stack((t, t + 1), 1)[:, 0] for t in (ids, shares, bias))  # strided
     arguments = (x, ids, shares, packed.tensors, packed.gate_up, packed.down)
     found = torch.ops.zaya.moe_ffn(*arguments)
     wanted = table.OPS["moe_ffn"][-1].body(x, ids, shares, lambda e: Expert(*three[e]))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    found = torch.ops.zaya.linear(x, head.tensors, head.form, None)
-    wanted = table.OPS["linear"][-1].body(x, three[0][0])
+    found = torch.ops.zaya.linear(x, head.tensors, head.form, bias)
+    wanted = table.OPS["linear"][-1].body(x, three[0][0], bias)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     torch.library.opcheck(torch.ops.zaya.moe_ffn.default, arguments)
 

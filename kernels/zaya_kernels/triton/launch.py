@@ -88,6 +88,7 @@ def linear_into(out: Tensor, x: Tensor, packed: Packed, bias: Tensor | None = No
     """``linear`` into given memory: x [m, in], out [m, out], rows contiguous."""
     if not len(x):
         return
+    bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
         few = len(x) <= DECODE_TOKENS and out.numel() <= DECODE_OUTPUTS
         if few or len(x) == 1:
@@ -103,6 +104,7 @@ def moe_ffn_into(
     count = len(x)
     if not count:
         return
+    ids, weights = ids.contiguous(), weights.contiguous()
     gate_up, down = experts.gate_up, experts.down
     with torch.cuda.device_of(x):
         if count <= MOE_DECODE_TOKENS:
