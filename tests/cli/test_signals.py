@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +92,38 @@ def test_everything_is_as_before_afterwards() -> None:
         process.terminate()
         _, err = process.communicate(timeout=30)
         assert (process.returncode, err) == (0, "")
+
+
+IMPORTING = """
+import os, signal, sys
+from zaya_convert.cli import signals
+
+if sys.argv[1] == "import":
+    sys.path.insert(0, sys.argv[2])
+    with signals.interruptible():
+        try:
+            import interrupted
+        except KeyboardInterrupt:
+            print("raised in the import")
+else:
+    class Last:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with signals.interruptible():
+        Last()
+print("went on")
+"""
+
+
+@pytest.mark.parametrize("where", ["import", "del"])
+def test_where_nothing_can_be_raised_the_first_signal_ends_it(where: str, tmp_path: Path) -> None:
+    module = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)\n"
+    (tmp_path / "interrupted.py").write_text(module)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING, where, tmp_path],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "error: terminated\n")
