@@ -34,8 +34,6 @@ GRIDS = (
     QuantSpec(3, 128), QuantSpec(3, 32), QuantSpec(4, 128), QuantSpec(4, 32), QuantSpec(5, 32),
     QuantSpec(6, 32), QuantSpec(8, 32), *(BlockSpec(name) for name in BLOCK_GRIDS),
 )  # fmt: skip
-
-
 _ROLES = ("expert", "attention")  # embeddings are not calibrated
 
 
@@ -248,7 +246,7 @@ _Chosen = tuple[TensorInfo, Rule, Option]
 def _rules(chosen: Sequence[_Chosen], kept: Sequence[TensorKey]) -> tuple[Rule, ...]:
     """Exceptions first, by name; then one rule a role with its most common choice."""
     common: dict[str, Rule] = {}
-    for role in ("expert", "attention"):
+    for role in _ROLES:
         rules = [
             _rule(rule, option, "") for info, rule, option in chosen if _role(info.key) == role
         ]

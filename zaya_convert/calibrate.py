@@ -26,7 +26,7 @@ from torch import Tensor
 
 from zaya_convert import __version__
 from zaya_convert.checkpoint import Checkpoint
-from zaya_convert.data import Sequences, digest_of
+from zaya_convert.data import Sequences, digest_of, take
 from zaya_convert.errors import InputError
 from zaya_convert.publish import empty, io_errors, locked
 from zaya_convert.runtime.walk import (
@@ -40,12 +40,10 @@ from zaya_convert.runtime.walk import (
     finite_rows,
 )
 from zaya_convert.sensitivity import measure
-from zaya_convert.stats import Stats, identity
+from zaya_convert.stats import EXPERT_SITES, Stats, identity
 from zaya_convert.work import check_finite
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
-
-_EXPERT_SITES = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -137,8 +135,7 @@ class _Run:
 
     def collect(self, documents: Sequences, progress: Progress) -> Stats:
         config = self.checkpoint.config
-        left = list(documents.ids)
-        chosen, left = _take(left, self.settings.tokens)
+        chosen, left = take(documents.ids, self.settings.tokens)
         if not chosen:
             raise InputError("holds no text to calibrate on", documents.description)
         total = _Totals(config.layers, config.experts)
@@ -154,8 +151,7 @@ class _Run:
                 break
             order = _ranking(left, total, starved, config.vocab_rows)
             size = min(max(self.settings.tokens // 2, 1024), room)
-            chosen, rest = _take([left[i] for i in order], size)
-            left = rest
+            chosen, left = take([left[i] for i in order], size)
         arrays = total.arrays()
         if self.settings.sensitivity:
             arrays |= measure(self.checkpoint, used, threads=self.threads, progress=progress)
@@ -266,7 +262,7 @@ class _Collector:
             found = [v for (name, _), v in sorted(self._found.items()) if name == site]
             for kind in found[0]:
                 values = torch.stack([entry[kind] for entry in found])
-                result[f"{site}.{kind}"] = values if site in _EXPERT_SITES else values[0]
+                result[f"{site}.{kind}"] = values if site in EXPERT_SITES else values[0]
         return result
 
 
@@ -309,18 +305,6 @@ class _Totals:
                 result[f"{name}.second_moment"] = (squares / count).float()
                 result[f"{name}.absmax"] = self._sums[f"{name}.absmax"]
         return result
-
-
-def _take(documents: list[Tensor], tokens: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The first ``tokens`` tokens, the last document cut to fit, and the untouched rest."""
-    taken: list[Tensor] = []
-    left = tokens
-    for index, ids in enumerate(documents):
-        if left < 2:
-            return taken, documents[index:]
-        taken.append(ids[:left])
-        left -= len(taken[-1])
-    return taken, []
 
 
 def _ranking(

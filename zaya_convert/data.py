@@ -130,6 +130,18 @@ def joined(first: Sequences, second: Sequences) -> Sequences:
     return Sequences(ids, f"{first.description} + {second.description}", digest_of(ids))
 
 
+def take(documents: Sequence[Tensor], tokens: int) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """The first ``tokens`` tokens, the last document cut to fit, and the untouched rest."""
+    taken: list[Tensor] = []
+    left = tokens
+    for index, ids in enumerate(documents):
+        if left < 2:
+            return taken, documents[index:]
+        taken.append(ids[:left])
+        left -= len(taken[-1])
+    return taken, ()
+
+
 def find(name: str) -> Path:
     """The local file behind a name: a path, or a Hub data set, which is fetched."""
     return fetch_dataset(name) if name.startswith("hf://") else Path(name)

@@ -129,7 +129,8 @@ def _kernels() -> list[dict[str, str]]:
     try:
         import torch
 
-        from zaya_kernels.table import Request, explain
+        from zaya_kernels.request import Request
+        from zaya_kernels.table import explain
         from zaya_quant.spec import QuantSpec
 
         devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

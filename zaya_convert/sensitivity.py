@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zaya_convert.checkpoint import Checkpoint
+from zaya_convert.data import take
 from zaya_convert.runtime.attention import Batch, attend, project
 from zaya_convert.runtime.model import residual
 from zaya_convert.runtime.router import rms_norm, route
@@ -51,7 +52,7 @@ def measure(
     Returns:
         ``layers.i.PART.sensitivity`` → [out], or [E, out] for experts.
     """
-    chosen = _first(sequences, TOKENS)
+    chosen, _ = take(sequences, TOKENS)
     layers = checkpoint.config.layers
     walk = Walk(checkpoint, chosen, threads=threads)
     streams: list[tuple[Tensor, Tensor]] = []
@@ -72,16 +73,6 @@ def measure(
                 result[f"layers.{layer}.{part}.sensitivity"] = (energy / walk.tokens).float()
             progress("measuring sensitivity", 2 * layers - layer, 2 * layers)
     return result
-
-
-def _first(sequences: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    taken: list[Tensor] = []
-    for ids in sequences:
-        if tokens < 2:
-            break
-        taken.append(ids[:tokens])
-        tokens -= len(taken[-1])
-    return taken
 
 
 class _Reader:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zaya_convert.runtime.cache import rows_that_fit
 from zaya_convert.runtime.engine import Engine
 from zaya_convert.runtime.model import Evaluation
 from zaya_quant.metrics import kl_divergence
@@ -186,11 +187,9 @@ def cached(engine: Engine[Any], traces: Sequence[Trace]) -> Iterator[Block]:
     """An engine as it generates: prompts in at least two blocks, then token by token."""
     starts = torch.tensor([0, *(len(trace.ids) for trace in traces)]).cumsum(0)[:-1]
     order = sorted(range(len(traces)), key=lambda i: traces[i].prompt)  # little padding
-    config = engine.config
-    column = 2 * 2 * 8 * config.layers * config.kv_heads * config.head_dim
     while order:
         longest = max(len(traces[i].ids) for i in order)
-        rows = max(1, min(_ROWS, _STATE_BYTES // (column * longest)))
+        rows = min(_ROWS, rows_that_fit(engine.config, longest, _STATE_BYTES))
         batch, order = order[-rows:], order[:-rows]
         yield from _cached(engine, [traces[i] for i in batch], starts[torch.tensor(batch)])
 

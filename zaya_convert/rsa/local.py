@@ -12,6 +12,7 @@ from typing import Any
 
 from zaya_convert.errors import InputError
 from zaya_convert.rsa.generator import Answer, Request
+from zaya_convert.runtime.cache import rows_that_fit
 from zaya_convert.runtime.engine import Engine
 from zaya_convert.runtime.generate import Decoder, Sampling, Task, logprobs
 from zaya_convert.runtime.tokenizer import Tokenizer
@@ -103,10 +104,8 @@ class LocalGenerator:
     def _affordable(self, length: int) -> int:
         """How many rollouts of this length fit into the memory for states."""
         config = self.engine.config
-        # keys and values in float64, in buffers that grow by doubling
-        column = 2 * 2 * 8 * config.layers * config.kv_heads * config.head_dim
         length = min(length, config.max_positions)
-        return max(1, min(_ROWS, self._state_bytes // (column * length)))
+        return min(_ROWS, rows_that_fit(config, length, self._state_bytes))
 
 
 def prompt_ids(tokenizer: Tokenizer, message: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from xml.sax.saxutils import escape
 
 from zaya_convert.rsa.pairs import RoundPair
@@ -70,9 +70,8 @@ def _y(share: float) -> float:
     return _TOP + (_HEIGHT - _BOTTOM - _TOP) * (1 - share)
 
 
-def _grid(most: float, label: object) -> str:
+def _grid(most: float, label: Callable[[float], str]) -> str:
     """Lines at quarters of the height, with labels."""
-    assert callable(label)
     lines = []
     for quarter in range(5):
         y = _y(quarter / 4)

@@ -149,6 +149,15 @@ class Cache:
         return sum(state.nbytes for state in states if state is not None)
 
 
+def rows_that_fit(config: ModelConfig, length: int, memory: int) -> int:
+    """How many sequences of so many tokens keep their keys and values in ``memory``, at least one.
+
+    In float64, in buffers that grow by doubling.
+    """
+    token = 2 * 2 * 8 * config.layers * config.kv_heads * config.head_dim
+    return max(1, memory // (token * length))
+
+
 def _stacked(
     first: Sequence[Tensor | None], second: Sequence[Tensor | None]
 ) -> list[Tensor | None]:

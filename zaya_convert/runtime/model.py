@@ -29,7 +29,8 @@ from zaya_convert.runtime.step import NativeStep, refusal
 from zaya_convert.runtime.weights import Parts, Weights
 from zaya_kernels import native
 from zaya_kernels.reference import Expert
-from zaya_kernels.table import TILES, Request, choose
+from zaya_kernels.request import TILES, Request
+from zaya_kernels.table import choose
 
 # (layer, site, rows [m, in], expert): what the projections of a site receive, padding left out.
 # Sites: "qkv_proj", "o_proj" (expert -1); "gate_up_proj", "down_proj" (rows of that expert only;

@@ -39,7 +39,8 @@ from zaya_convert.runtime.model import residual
 from zaya_convert.runtime.router import rms_norm, route
 from zaya_convert.runtime.weights import Parts, Weights
 from zaya_convert.threads import Threads, one_thread_each
-from zaya_kernels.table import Request, choose
+from zaya_kernels.request import Request
+from zaya_kernels.table import choose
 
 ROWS = 2048  # rows of a piece of work that may be cut anywhere
 POOLED = 1024  # rows of the pooled sample

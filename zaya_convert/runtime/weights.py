@@ -23,7 +23,8 @@ from zaya_convert.runtime.inputs import check_ids
 from zaya_convert.runtime.mapping import map_file
 from zaya_kernels.packed import PackedWeight
 from zaya_kernels.reference import Expert
-from zaya_kernels.table import Request, choose
+from zaya_kernels.request import Request
+from zaya_kernels.table import choose
 from zaya_quant.qtensor import Quantized
 from zaya_quant.spec import Spec
 

@@ -15,7 +15,7 @@ Experts are stacked in front: ``[experts, rows, ...]``.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -151,12 +151,11 @@ def packed_once(weight: Weight, device: torch.device) -> Packed:
 _PACKED: dict[tuple[int, torch.device], Packed] = {}
 
 
-def _join(parts: list[Packed], how: object) -> Packed:
+def _join(parts: list[Packed], how: Callable[[list[Tensor]], Tensor]) -> Packed:
     """Concatenate or stack matrices of one form."""
     first = parts[0]
     if any((p.spec, p.columns) != (first.spec, first.columns) for p in parts):
         raise ValueError("the matrices of one layer's experts must share one grid and one width")
-    assert callable(how)
-    zeros = None if first.zeros is None else how([p.zeros for p in parts])
+    zeros = [p.zeros for p in parts if p.zeros is not None]
     words, scales = how([p.words for p in parts]), how([p.scales for p in parts])
-    return replace(first, words=words, scales=scales, zeros=zeros)
+    return replace(first, words=words, scales=scales, zeros=how(zeros) if zeros else None)
