@@ -43,6 +43,8 @@ LAYOUTS = (TILES, WORDS, FLOATS)
 _SCALES = tuple(SCALE_DTYPES)
 _BLOCKS = ("", *BLOCK_TYPES)
 _MIXED = "mixed"  # two layouts: for rows that read any
+_FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ID_TYPES = (torch.int32, torch.int64)
 
 
 class Form(NamedTuple):
@@ -174,7 +176,7 @@ def linear(
         [..., out].
 
     Raises:
-        ValueError: shapes do not fit each other.
+        ValueError: shapes or dtypes do not fit.
     """
     _refuse_gradients(x, bias)
     means = _linear_form(x, form, bias)
@@ -215,7 +217,7 @@ def moe_ffn(
         [n, d] in the dtype of x.
 
     Raises:
-        ValueError: shapes do not fit each other.
+        ValueError: shapes or dtypes do not fit.
     """
     _refuse_gradients(x, shares)
     forms = _expert_forms(x, ids, shares, gate_up, down)
@@ -252,8 +254,11 @@ def embedding(
         [..., columns].
 
     Raises:
+        ValueError: dtypes do not fit.
         IndexError: on the CPU, an id is no row.
     """
+    _expect("ids", ids.dtype, _ID_TYPES)
+    _expect("rows", dtype, _FLOAT_TYPES)
     means, flat = Form(*form), ids.flatten()
     if ids.device.type == "cpu" and len(flat):
         least, most = (int(bound) for bound in torch.aminmax(flat))
@@ -273,8 +278,14 @@ def _refuse_gradients(*inputs: Tensor | None) -> None:
         raise RuntimeError("the zaya ops have no gradients; call them under torch.no_grad()")
 
 
+def _expect(name: str, dtype: torch.dtype, allowed: Sequence[torch.dtype]) -> None:
+    if dtype not in allowed:
+        raise ValueError(f"{name} of {dtype}; allowed: {', '.join(map(str, allowed))}")
+
+
 def _linear_form(x: Tensor, form: Sequence[int], bias: Tensor | None) -> Form:
     """The form, after a look at what kernels read unseen."""
+    _expect("x", x.dtype, _FLOAT_TYPES)
     means = Form(*form)
     if x.ndim < 1 or x.shape[-1] != means.columns:
         raise ValueError(f"x {list(x.shape)} does not end in the weight's {means.columns} columns")
@@ -287,6 +298,8 @@ def _expert_forms(
     x: Tensor, ids: Tensor, shares: Tensor, gate_up: Sequence[int], down: Sequence[int]
 ) -> tuple[Form, Form]:
     """Both forms, likewise."""
+    _expect("x", x.dtype, _FLOAT_TYPES)
+    _expect("ids", ids.dtype, _ID_TYPES)
     forms = Form(*gate_up), Form(*down)
     if x.ndim != 2 or x.shape[1] != forms[0].columns:
         raise ValueError(f"x {list(x.shape)} is not [n, {forms[0].columns}], as the experts are")
@@ -333,6 +346,8 @@ def _floats(matrix: Tensor, request: Request) -> Matrix:
 
 def _open(tensors: Sequence[Tensor], form: Form) -> Weight:
     """What the bodies of the table take."""
+    if len(tensors) != _count(form):
+        raise ValueError(f"{len(tensors)} tensors for a matrix that is {_count(form)}")
     spec = form.spec
     if spec is None:
         return tensors[0]

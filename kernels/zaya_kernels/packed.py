@@ -51,10 +51,11 @@ class PackedWeight:
         size = packed_bytes(shape, spec)
         # torch aligns to 64 bytes
         data = torch.empty(size, dtype=torch.uint8) if data is None else data
-        if len(data) < size or data.data_ptr() % ALIGNMENT:
+        plain = data.dtype == torch.uint8 and data.ndim == 1 and data.is_contiguous()
+        if not plain or len(data) < size or data.data_ptr() % ALIGNMENT:
             raise ValueError(
-                f"{spec.label} {list(shape)} takes {size} bytes aligned to {ALIGNMENT}; "
-                f"there are {len(data)} at {data.data_ptr():#x}"
+                f"{spec.label} {list(shape)} takes {size} bytes aligned to {ALIGNMENT}; there are "
+                f"{list(data.shape)} of {data.dtype} at {data.data_ptr():#x}, {data.stride()} apart"
             )
         self.data = data[:size]
         self.matrix.data = self.data.data_ptr()

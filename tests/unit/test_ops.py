@@ -162,6 +162,37 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
             run("moe_ffn", (*bad, *bank))
 
 
+def test_dtypes_that_do_not_fit_are_refused() -> None:
+    given = inputs(SPECS[0], torch.float32)
+    wrong = {
+        "linear": ((0, torch.int32), (0, torch.bool), (0, torch.complex64)),
+        "moe_ffn": ((0, torch.int32), (1, torch.float32), (1, torch.bool)),
+        "embedding": ((0, torch.float32), (0, torch.uint8), (3, torch.int32)),
+    }
+    for op, changes in wrong.items():
+        for place, dtype in changes:
+            arguments = list(given[op])
+            value = arguments[place]
+            arguments[place] = value.to(dtype) if isinstance(value, Tensor) else dtype
+            with pytest.raises(ValueError, match=rf"of {dtype}; allowed: "):
+                run(op, arguments)
+
+
+@pytest.mark.parametrize("kernel", ["", "reference"])
+def test_the_wrong_number_of_tensors_is_refused(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(table.ENVIRONMENT, kernel)
+    for op, place in (("linear", 1), ("moe_ffn", 3), ("embedding", 1)):
+        arguments = list(inputs(SPECS[2], torch.float32)[op])
+        tensors = arguments[place]
+        assert isinstance(tensors, list)
+        for wrong in (tensors[:-1], [*tensors, tensors[0]]):
+            arguments[place] = wrong
+            with pytest.raises(ValueError, match="tensors for a matrix that is"):
+                run(op, arguments)
+
+
 @pytest.mark.parametrize("spec", SPECS[:3], ids=lambda spec: spec.label)
 def test_compile_without_a_break(spec: QuantSpec) -> None:
     layer = Layer(spec)
@@ -300,7 +331,8 @@ def test_fast_rounds_activations() -> None:
 @needs_library
 def test_packed_bytes_must_fit_and_be_aligned() -> None:
     data = packed.pack(matrix(HIDDEN, WIDTH, SPECS[0])).data
-    for wrong in (data[:-1], torch.cat((data[:1], data))[1:]):
+    for wrong in (data[:-1], torch.cat((data[:1], data))[1:], data.float(), data[None],
+                  data[:1].expand(len(data))):  # fmt: skip
         with pytest.raises(ValueError, match="bytes aligned to 64"):
             packed.PackedWeight((HIDDEN, WIDTH), SPECS[0], False, wrong)
 
