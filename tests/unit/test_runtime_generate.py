@@ -175,6 +175,26 @@ def test_sequences_join_and_leave_between_steps(nano: Nano) -> None:
     assert tokens_of(steps, 1) == alone[1].tokens[:2]
 
 
+def test_others_step_between_the_chunks_of_a_prompt(model: Model) -> None:
+    tasks = [Task(PROMPTS[0], 12, HOT, (0,)), Task([5, 6, 7] * 10, 4, HOT, (1,))]
+    alone = [list(generate(model, [task.prompt], max_new_tokens=task.max_new_tokens, sampling=HOT,
+                           streams=[task.stream])) for task in tasks]  # fmt: skip
+    decoder = Decoder(model, 8)
+    decoder.add(tasks[:1])
+    entry, steps = decoder.adding(tasks[1:]), list[Step]()
+    for _ in entry:
+        steps += decoder.step()
+    assert [step.sequence for step in steps] == [0] * 4  # as many as the prompt has chunks
+    while len(decoder):
+        steps += decoder.step()
+    for i, expected in enumerate(alone):
+        assert tokens_of(steps, i) == [step.token for step in expected]
+    given_up = decoder.adding(tasks[1:])
+    next(given_up)
+    given_up.close()
+    assert not len(decoder)
+
+
 def test_a_batch_that_never_empties_forgets_the_longest_row(model: Model) -> None:
     decoder = Decoder(model)
     decoder.add([Task([5] * 40, 2, Sampling())])

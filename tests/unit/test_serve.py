@@ -29,9 +29,11 @@ class Slow(Model):
 
     before: Callable[[], object] = staticmethod(lambda: None)
     passes = 0
+    columns = 0  # of the latest pass
 
     def forward(self, ids: Tensor, **how: Any) -> Output:
         self.passes += 1
+        self.columns = ids.shape[1]
         self.before()
         return super().forward(ids, **how)
 
@@ -165,6 +167,18 @@ def test_requests_that_meet_do_not_change_each_other(http: httpx2.Client, slow: 
         together = list(pool.map(lambda fields: ask(http, CHAT, **fields)["choices"], asked))
     assert together == alone
     assert slow.passes - before < sum(fields["max_tokens"] for fields in asked) / 2
+
+
+def test_a_long_prompt_does_not_hold_up_the_others(http: httpx2.Client, slow: Slow) -> None:
+    long = {"prompt": [5] * 1500, "max_tokens": 1, "seed": 1}
+    alone, columns = ask(http, PLAIN, **long), list[int]()
+    slow.before = lambda: columns.append(slow.columns) or time.sleep(0.01)
+    short = {"prompt": "2+3=", "max_tokens": 400, "seed": 0, "stream": True, "temperature": 2}
+    with http.stream("POST", PLAIN, json=short):
+        until(lambda: 1 in columns)
+        assert ask(http, PLAIN, **long)["choices"] == alone["choices"]
+    first = columns.index(256)
+    assert columns[first : first + 6] == [256, 1] * 3
 
 
 def test_stop_strings(http: httpx2.Client) -> None:

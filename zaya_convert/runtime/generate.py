@@ -8,9 +8,9 @@ and two models given the same streams can be compared draw by draw.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.runtime.engine import Engine, S
+
+T = TypeVar("T")
 
 _COLDEST = 1e-290  # of temperatures above 0: logits divided by less would overflow
 
@@ -119,6 +121,13 @@ class Decoder(Generic[S]):
         Raises:
             InputError: an empty prompt, or one that leaves no room in the context.
         """
+        return finish(self.adding(tasks))
+
+    def adding(self, tasks: Sequence[Task]) -> Generator[None, None, list[int]]:
+        """``add`` in parts: a chunk of a prompt at a time, between which there may be steps.
+
+        The sequences join when all of them are through; one that is not run to its end adds none.
+        """
         limits = _limits(self._model, tasks)
         rows = [
             _Row(self._next + i, task, _key(task.sampling.seed, task.stream), limits[i])
@@ -126,8 +135,9 @@ class Decoder(Generic[S]):
         ]
         if not rows:
             return []
+        self._next += len(rows)
         prompts = list(dict.fromkeys(tuple(task.prompt) for task in tasks))
-        cache, logits = _prefill(self._model, prompts, self._chunk)
+        cache, logits = yield from _prefill(self._model, prompts, self._chunk)
         if len(prompts) < len(tasks):
             index = [prompts.index(tuple(task.prompt)) for task in tasks]
             cache, logits = cache.select(index), logits[index]
@@ -136,7 +146,6 @@ class Decoder(Generic[S]):
             cache, logits = self._cache.join(cache), torch.cat([self.logits, logits])
         self._cache, self.logits = cache, logits
         self._rows += rows
-        self._next += len(rows)
         return [row.name for row in rows]
 
     def step(self) -> list[Step]:
@@ -340,10 +349,19 @@ def _limits(model: Engine[Any], tasks: Sequence[Task]) -> list[int]:
     return [min(task.max_new_tokens, context - len(task.prompt)) for task in tasks]
 
 
+def finish(work: Generator[None, None, T]) -> T:
+    """Do all of some work that is done in parts; its result."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
 def _prefill(
     model: Engine[S], prompts: Sequence[Sequence[int]], chunk: int | None
-) -> tuple[S, Tensor]:
-    """Run prompts; returns the cache and the logits of the last column [B, V].
+) -> Generator[None, None, tuple[S, Tensor]]:
+    """Run prompts, a chunk at a time; returns the cache and the logits of the last column [B, V].
 
     Neighbours that begin alike, by so much that it pays, have their common beginning run once.
     """
@@ -355,12 +373,15 @@ def _prefill(
             alone += rows
             continue
         order += rows
-        stem, _ = _run_block(model, [prompts[rows[0]][:shared]], model.new_cache(), chunk)
+        begun = model.new_cache()
+        stem, _ = yield from _run_block(model, [prompts[rows[0]][:shared]], begun, chunk)
         for row in rows:
-            parts.append(_run_block(model, [prompts[row][shared:]], stem.select([0]), chunk))
+            rest = _run_block(model, [prompts[row][shared:]], stem.select([0]), chunk)
+            parts.append((yield from rest))
     if alone:
         order += alone
-        parts.append(_run_block(model, [prompts[row] for row in alone], model.new_cache(), chunk))
+        rest = _run_block(model, [prompts[row] for row in alone], model.new_cache(), chunk)
+        parts.append((yield from rest))
     while len(parts) > 1:  # in pairs, so that nothing is copied often
         pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]
         parts = [_joined(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
@@ -373,7 +394,7 @@ def _prefill(
 
 def _run_block(
     model: Engine[S], prompts: Sequence[Sequence[int]], cache: S, chunk: int | None
-) -> tuple[S, Tensor]:
+) -> Generator[None, None, tuple[S, Tensor]]:
     """Continue ``cache``, or start it with left-padded prompts."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), model.config.pad_id or 0)
@@ -386,6 +407,7 @@ def _run_block(
     for part in ids.split(chunk or width, dim=1):
         seen = mask[:, : cache.length + part.shape[1]]
         logits = model.forward(part, cache=cache, mask=seen, last_only=True).logits[:, -1]
+        yield
     return cache, logits
 
 

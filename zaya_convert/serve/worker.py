@@ -1,14 +1,14 @@
 """``Worker``: the one thread that runs the model, for everybody at once.
 
 Sequences join the running batch between two steps and leave it when they are done, so nobody waits
-for somebody else's last token.
+for somebody else's last token. Prompts are run a chunk at a time, and the others step between.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from zaya_convert.runtime.engine import Engine
 from zaya_convert.runtime.generate import Decoder, Step, Task
 
-_PREFILL_CHUNK = 512  # columns of prompts run at once: bounds the memory of a long one
+_PREFILL_CHUNK = 256  # columns of prompts run at once: bounds how long the others wait for a step
 
 
 class Listener(Protocol):
@@ -67,6 +67,7 @@ class Worker:
         self._running: dict[int, Job] = {}
         self._waiting: deque[Job] = deque()
         self._joining: list[Job] = []
+        self._prefill: Generator[None, None, list[int]] | None = None  # of those that join
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="worker", daemon=True)
@@ -119,25 +120,34 @@ class Worker:
                 self._decoder = Decoder(self._engine, _PREFILL_CHUNK)
                 self._fail([*self._running.values(), *self._joining], error)
                 self._running.clear()
-                self._joining.clear()
-        self._fail([*self._running.values(), *self._waiting], Stopped())
+                self._joining, self._prefill = [], None
+        self._fail([*self._running.values(), *self._joining, *self._waiting], Stopped())
 
     def _admit(self) -> bool:
         """Wait for something to do, and choose who joins; False when it is time to stop."""
         with self._changed:
-            while not (self._running or self._waiting or self._stopping):
+            while not (self._running or self._joining or self._waiting or self._stopping):
                 self._changed.wait()
-            while self._waiting and len(self._running) + len(self._joining) < self.batch:
+            room = 0 if self._prefill else self.batch - len(self._running)
+            while self._waiting and len(self._joining) < room:
                 job = self._waiting.popleft()
                 if not job.cancelled:
                     self._joining.append(job)
             return not self._stopping
 
     def _join(self) -> None:
+        """Run one more chunk of the prompts of those who join."""
         self._leave([name for name, job in self._running.items() if job.cancelled])
-        names = self._decoder.add([job.task for job in self._joining])
-        self._running |= zip(names, self._joining, strict=True)
-        self._joining = []
+        if self._prefill is None:
+            self._prefill = self._decoder.adding([job.task for job in self._joining])
+        elif all(job.cancelled for job in self._joining):
+            self._joining, self._prefill = [], None
+            return
+        try:
+            next(self._prefill)
+        except StopIteration as end:
+            self._running |= zip(end.value, self._joining, strict=True)
+            self._joining, self._prefill = [], None
 
     def _step(self) -> None:
         steps = self._decoder.step()
