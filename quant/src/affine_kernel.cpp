@@ -43,7 +43,6 @@ struct Tile {
     int64_t padded;       // group length, rounded up to whole chunks of kSumLanes
     V absmax, p, power;   // p = 2^-e, power = 2^e
     V low_side;           // +1 where the most negative weight is the largest, else -1
-    V signal;             // sum of wp^2
 };
 
 struct Best {
@@ -140,7 +139,6 @@ struct Groups {
     const char* source[W];
     const float* importance[W];
     int8_t* codes[W];
-    int64_t row[W];
     int64_t length[W];  // 0 beyond the last group of the matrix
 };
 
@@ -170,13 +168,7 @@ ZQ_INLINE bool fill(Tile& tile, const Groups& groups) {
     tile.absmax = magnitude(vmax(-low, high));
     tile.low_side = select(-low >= high, splat(1.0f), splat(-1.0f));
     powers_of(tile.absmax, tile.p, tile.power);
-    Sum<kSumLanes> sum;
-    each<kSumLanes>(tile.padded, [&](bool first, int lane, int64_t i) ZQ_LAMBDA {
-        const V w = tile.values[i] * tile.p;
-        tile.values[i] = w;
-        sum.add(first, lane, w * w);
-    });
-    tile.signal = sum.fold();
+    for (int64_t i = 0; i < tile.padded; i++) tile.values[i] = tile.values[i] * tile.p;
     return true;
 }
 
@@ -212,13 +204,11 @@ Result quantize_rows(const Request& r, V* scratch) {
     tile.padded = (r.group_length + kSumLanes - 1) / kSumLanes * kSumLanes;
     tile.values = scratch;
     tile.importance = WEIGHTED ? scratch + tile.padded : nullptr;
-    for (int64_t i = 0; i < r.rows; i++) r.signal[i] = r.noise[i] = 0.0;
     int64_t row = 0, column = 0;  // where the next group starts
     for (int64_t first = 0; first < count; first += W) {
         Groups groups{};
         for (int i = 0; i < W && first + i < count; i++) {
             const int64_t left = r.columns - column, offset = row * r.columns + column;
-            groups.row[i] = row;
             groups.source[i] = static_cast<const char*>(r.weight) + offset * width;
             groups.importance[i] = WEIGHTED ? r.importance + column : nullptr;
             groups.codes[i] = r.codes + offset;
@@ -229,22 +219,12 @@ Result quantize_rows(const Request& r, V* scratch) {
         if (!fill<DTYPE>(tile, groups))
             return {kNonFinite, first_non_finite(r.weight, DTYPE, r.rows * r.columns)};
         const Best best = search<WEIGHTED>(tile, r);
-        V noise = best.error;
-        if (WEIGHTED) {
-            const int half = 1 << (r.bits - 1);
-            const Codes codes{splat(static_cast<float>(-half)), splat(static_cast<float>(half - 1))};
-            const V normal = select(best.normal == 0.0f, splat(1.0f), best.normal);
-            noise = error_of<false>(tile, normal, 1.0f / normal, codes);
-        }
         write_codes<DTYPE>(r, tile, best, groups);
         for (int i = 0; i < W && first + i < count; i++) {
-            const bool unset = best.normal[i] == 0.0f;
             // Far below 1 a group without a scale becomes zeros; far above there is no answer.
-            if (unset && tile.absmax[i] > 1.0f) return {kNotRepresentable, first + i};
+            if (best.normal[i] == 0.0f && tile.absmax[i] > 1.0f)
+                return {kNotRepresentable, first + i};
             store_scale(r.scales, first + i, best.scale[i], r.scale_dtype);
-            const double back = static_cast<double>(tile.power[i]) * tile.power[i];
-            r.signal[groups.row[i]] += tile.signal[i] * back;
-            r.noise[groups.row[i]] += (unset ? tile.signal[i] : noise[i]) * back;
         }
     }
     return {kOk, -1};

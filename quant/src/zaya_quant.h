@@ -31,8 +31,6 @@ struct Request {
     const float* ratios;      // candidate scales / absmax, in order of preference
     int8_t* codes;            // [rows, columns]
     void* scales;             // [rows, groups] of `scale_dtype`
-    double* signal;           // [rows]: sum of w^2
-    double* noise;            // [rows]: sum of (w - code * scale)^2
     int64_t rows;
     int64_t columns;
     int64_t group_length;

@@ -73,25 +73,10 @@ _FP16_NORMAL = (2.0**-14, 65504.0)
 _BLOCK = 1 << 18
 
 
-@dataclass(frozen=True)
-class RowErrors:
-    """Energy of each row and of its quantization error, unweighted, float64 ``[out]``."""
-
-    signal: Tensor
-    noise: Tensor
-
-
 def quantize_affine(
     weight: Tensor, spec: QuantSpec, importance: Tensor | None = None
 ) -> QuantTensor:
     """``weight [out, in]`` on the best scales found; ``importance [in]`` weighs the errors."""
-    return quantize_affine_with_errors(weight, spec, importance)[0]
-
-
-def quantize_affine_with_errors(
-    weight: Tensor, spec: QuantSpec, importance: Tensor | None = None
-) -> tuple[QuantTensor, RowErrors]:
-    """``quantize_affine``, and the energies of every row and its error."""
     check_weight(weight)
     rows, columns = weight.shape
     weigh = None
@@ -101,8 +86,6 @@ def quantize_affine_with_errors(
     codes = torch.empty((rows, columns), dtype=torch.int8 if spec.symmetric else torch.uint8)
     scales = torch.empty((rows, groups), dtype=SCALE_DTYPES[spec.scale_dtype])
     zeros = None if spec.symmetric else torch.empty((rows, groups), dtype=torch.uint8)
-    signal, noise = torch.zeros((2, rows), dtype=torch.float64)
-    errors = RowErrors(signal, noise)
     step = max(1, _BLOCK // columns)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
@@ -116,8 +99,7 @@ def quantize_affine_with_errors(
         scales[part] = best.scale.squeeze(2).to(scales.dtype)
         if zeros is not None and best.zero is not None:
             zeros[part] = best.zero.squeeze(2).to(torch.uint8)
-        errors.signal[part], errors.noise[part] = _energies(best)
-    return QuantTensor(codes, scales, zeros, spec), errors
+    return QuantTensor(codes, scales, zeros, spec)
 
 
 def scale_ratios(bits: int, group_length: int) -> tuple[float, ...]:
@@ -320,13 +302,6 @@ def _grouped(weight: Tensor, spec: QuantSpec) -> Tensor:
         weight = torch.nn.functional.pad(weight, (0, groups * length - columns))
     tile = weight.reshape(rows, groups, length)
     return torch.nn.functional.pad(tile, (0, -length % LANES)) if length % LANES else tile
-
-
-def _energies(best: _Best) -> tuple[Tensor, Tensor]:
-    back = best.p.to(torch.float64).square().reciprocal()
-    noise = (best.tile - best.codes * (best.scale * best.p)).square()
-    signal = (_lane_sum(best.tile.square()) * back).sum(dim=(1, 2))
-    return signal, (_lane_sum(noise) * back).sum(dim=(1, 2))
 
 
 def _check_finite(tile: Tensor, first_row: int, spec: QuantSpec) -> None:

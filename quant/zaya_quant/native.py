@@ -20,11 +20,10 @@ from torch import Tensor
 
 import zaya_quant
 from zaya_quant import affine, shared_library
-from zaya_quant.affine import RowErrors
 from zaya_quant.qtensor import SCALE_DTYPES, BlockTensor, Quantized, QuantTensor
 from zaya_quant.spec import BLOCK_TYPES, QuantSpec
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 ISAS = ("base", "avx2", "avx512")
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BLOCK_CODES = {name: index for index, name in enumerate(BLOCK_TYPES)}
@@ -40,8 +39,6 @@ class _Request(ctypes.Structure):
         ("ratios", ctypes.c_void_p),
         ("codes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
-        ("signal", ctypes.c_void_p),
-        ("noise", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
         ("group_length", ctypes.c_int64),
@@ -115,8 +112,8 @@ def supported_isas() -> tuple[str, ...]:
 
 def quantize(
     weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, isa: str | None = None
-) -> tuple[QuantTensor, RowErrors]:
-    """``affine.quantize_affine_with_errors`` for symmetric specs and tensors on the CPU."""
+) -> QuantTensor:
+    """``affine.quantize_affine`` for symmetric specs and tensors on the CPU."""
     affine.check_weight(weight)
     if not spec.symmetric:
         raise ValueError("the native library quantizes symmetric specs only")
@@ -130,16 +127,12 @@ def quantize(
     scale_dtype = SCALE_DTYPES[spec.scale_dtype]
     codes = torch.empty((rows, columns), dtype=torch.int8)
     scales = torch.empty((rows, spec.groups(columns)), dtype=scale_dtype)
-    signal, noise = torch.zeros((2, rows), dtype=torch.float64)
-    errors = RowErrors(signal, noise)
     request = _Request(
         weight=weight.data_ptr(),
         importance=None if importance is None else importance.data_ptr(),
         ratios=ratios.data_ptr(),
         codes=codes.data_ptr(),
         scales=scales.data_ptr(),
-        signal=errors.signal.data_ptr(),
-        noise=errors.noise.data_ptr(),
         rows=rows,
         columns=columns,
         group_length=length,
@@ -153,7 +146,7 @@ def quantize(
     index = ctypes.c_int64(-1)
     status = _library().zq_quantize(ctypes.byref(request), chosen, ctypes.byref(index))
     _raise_for(status, index.value, columns, spec)
-    return QuantTensor(codes, scales, None, spec), errors
+    return QuantTensor(codes, scales, None, spec)
 
 
 def search_blocks(

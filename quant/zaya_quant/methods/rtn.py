@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from zaya_quant import affine, native
-from zaya_quant.affine import RowErrors
 from zaya_quant.block_search import quantize_blocks, quantize_natively
 from zaya_quant.qtensor import Quantized, QuantTensor
 from zaya_quant.spec import BlockSpec, QuantSpec, Spec
@@ -33,16 +32,13 @@ def quantize_searched(weight: Tensor, spec: Spec, importance: Tensor | None = No
     return quantize_affine(weight, spec, importance)
 
 
-def quantize_with_errors(weight: Tensor, spec: QuantSpec) -> tuple[QuantTensor, RowErrors]:
-    """Also the signal and noise energy of every row, a by-product of the search."""
-    return _quantize(weight, spec, None)
-
-
 def quantize_affine(
     weight: Tensor, spec: QuantSpec, importance: Tensor | None = None
 ) -> QuantTensor:
     """``affine.quantize_affine`` on the fastest body there is."""
-    return _quantize(weight, spec, importance)[0]
+    if _runs_natively(weight, spec):
+        return native.quantize(weight, spec, importance)
+    return affine.quantize_affine(weight, spec, importance)
 
 
 def needs_wider_scales(weight: Tensor, spec: QuantSpec) -> bool:
@@ -51,14 +47,6 @@ def needs_wider_scales(weight: Tensor, spec: QuantSpec) -> bool:
         return affine.needs_wider_scales(weight, spec)
     span = native.absmax_span(weight, spec.group_length(weight.shape[1]))
     return affine.leaves_fp16_range(torch.tensor(span) / spec.qmax)
-
-
-def _quantize(
-    weight: Tensor, spec: QuantSpec, importance: Tensor | None
-) -> tuple[QuantTensor, RowErrors]:
-    if _runs_natively(weight, spec):
-        return native.quantize(weight, spec, importance)
-    return affine.quantize_affine_with_errors(weight, spec, importance)
 
 
 def _runs_natively(weight: Tensor, spec: QuantSpec) -> bool:
