@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from dialects import NAMES
 from nano import Stored
 from zaya_convert.config import ModelConfig
-from zaya_convert.gguf_header import aligned, build_header, read_gguf
+from zaya_convert.gguf_format import aligned
+from zaya_convert.gguf_header import read_gguf
+from zaya_convert.gguf_writing import build_header
 
 Entries = dict[str, tuple[str, Any]]  # key: kind, value
 

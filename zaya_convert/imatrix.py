@@ -35,7 +35,9 @@ from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.config import ModelConfig
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.export.gguf.names import DIALECTS, Dialect
-from zaya_convert.gguf_header import GgufHeader, aligned, build_header, read_gguf
+from zaya_convert.gguf_format import aligned
+from zaya_convert.gguf_header import GgufHeader, read_gguf
+from zaya_convert.gguf_writing import build_header
 from zaya_convert.headers import RawTensor
 from zaya_convert.layout import TensorKey
 from zaya_convert.publish import io_errors, write_whole

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from zaya_convert.errors import InputError
-from zaya_convert.gguf_header import read_gguf, read_gguf_set
+from zaya_convert.gguf_header import read_gguf
+from zaya_convert.gguf_parts import read_gguf_set
 
 U8, BOOL, STR, ARRAY = 0, 7, 8, 9
 F32, F16, Q4_0, Q2_K, Q4_K, IQ2_XS, MXFP4 = 0, 1, 2, 10, 12, 17, 39

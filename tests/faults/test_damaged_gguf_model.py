@@ -19,7 +19,7 @@ from nano import Nano, Stored
 from zaya_convert.convert import execute
 from zaya_convert.errors import InputError
 from zaya_convert.export.arrays import size_of
-from zaya_convert.gguf_header import build_header
+from zaya_convert.gguf_writing import build_header
 from zaya_convert.models import open_model
 from zaya_convert.plan import make_plan
 from zaya_convert.recipe import adjusted, for_type

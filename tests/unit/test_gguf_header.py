@@ -14,17 +14,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import zaya_convert.gguf_header as module
 from zaya_convert.errors import InputError
 from zaya_convert.export.arrays import size_of
-from zaya_convert.gguf_header import (
+from zaya_convert.gguf_format import (
     GGML_TYPES,
-    GgufHeader,
+    KIND_NAMES,
+    MAX_HEADER_BYTES,
+    MAX_NUMBERS,
+    MAX_STRINGS,
+    OTHER_TYPES,
     aligned,
-    build_header,
-    read_gguf,
-    read_gguf_set,
 )
+from zaya_convert.gguf_header import GgufHeader, read_gguf
+from zaya_convert.gguf_parts import read_gguf_set
+from zaya_convert.gguf_writing import build_header
 
 Entry = tuple[str, str, Any]
 Listing = list[tuple[str, str, tuple[int, ...], int]]
@@ -88,8 +91,8 @@ def test_types_are_those_of_the_gguf_package() -> None:
     }
     assert {name: theirs[name] for name in GGML_TYPES} == GGML_TYPES
     others = {number: name for name, (number, *_) in theirs.items() if name not in GGML_TYPES}
-    assert others.items() <= module._OTHER_TYPES.items()
-    assert not {number for number, *_ in GGML_TYPES.values()} & set(module._OTHER_TYPES)
+    assert others.items() <= OTHER_TYPES.items()
+    assert not {number for number, *_ in GGML_TYPES.values()} & set(OTHER_TYPES)
 
 
 def test_everything_is_read_back(tmp_path: Path) -> None:
@@ -130,7 +133,7 @@ def test_the_gguf_package_reads_ours(tmp_path: Path) -> None:
     assert {key: field.contents() for key, field in fields.items()} == {
         key: value for key, _, value in metadata
     }
-    names = {gguf.GGUFValueType(number).name: kind for number, kind in module._KIND_NAMES.items()}
+    names = {gguf.GGUFValueType(number).name: kind for number, kind in KIND_NAMES.items()}
     for key, kind, _ in metadata:
         assert names[fields[key].types[-1].name] == kind.strip("[]")
     for theirs, (name, dtype, shape, offset) in zip(reader.tensors, tensors, strict=True):
@@ -141,7 +144,7 @@ def test_the_gguf_package_reads_ours(tmp_path: Path) -> None:
 
 
 def add_all(writer: Any, gguf: Any, metadata: list[Entry]) -> None:
-    types = {kind: gguf.GGUFValueType(number) for number, kind in module._KIND_NAMES.items()}
+    types = {kind: gguf.GGUFValueType(number) for number, kind in KIND_NAMES.items()}
     for key, kind, value in metadata:
         if kind.startswith("["):
             writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, types[kind[1:-1]])
@@ -249,9 +252,9 @@ def test_a_large_vocabulary_is_read_quickly(tmp_path: Path) -> None:
 
 
 def test_limits_leave_a_large_vocabulary_room() -> None:
-    assert module.MAX_STRINGS >= 2 * (262_144 + 520_000) * 0.99
-    assert module.MAX_NUMBERS >= 4 * 2 * 262_144
-    assert module.MAX_HEADER_BYTES >= 3 * (18 << 20)
+    assert MAX_STRINGS >= 2 * (262_144 + 520_000) * 0.99
+    assert MAX_NUMBERS >= 4 * 2 * 262_144
+    assert MAX_HEADER_BYTES >= 3 * (18 << 20)
 
 
 # --- made-up headers ---

@@ -14,7 +14,8 @@ OURS = ("zaya_convert", "zaya_quant", "zaya_kernels")
 
 _INDEX = ("zaya_convert.errors", "zaya_convert.headers", "zaya_convert.files",
           "zaya_convert.layout", "zaya_convert.config", "zaya_convert.checkpoint",
-          "zaya_convert.gguf_header", "zaya_convert.tokenizer_files")  # fmt: skip
+          "zaya_convert.gguf_format", "zaya_convert.gguf_header", "zaya_convert.gguf_parts",
+          "zaya_convert.gguf_writing", "zaya_convert.tokenizer_files")  # fmt: skip
 _NUMERICS = ("torch", "numpy")
 
 # Module or package → everything it may import besides itself, the standard library and, under
@@ -30,8 +31,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "zaya_convert.layout": (),
     "zaya_convert.config": ("zaya_convert.errors",),
     "zaya_convert.files": ("zaya_convert.errors", "zaya_convert.headers"),
+    "zaya_convert.gguf_format": ("zaya_quant.spec",),
     "zaya_convert.gguf_header": ("zaya_convert.errors", "zaya_convert.headers",
-                                 "zaya_convert.files", "zaya_quant.spec"),
+                                 "zaya_convert.gguf_format"),
+    "zaya_convert.gguf_parts": ("zaya_convert.errors", "zaya_convert.headers",
+                                "zaya_convert.files", "zaya_convert.gguf_format",
+                                "zaya_convert.gguf_header"),
+    "zaya_convert.gguf_writing": ("zaya_convert.gguf_format",),
     "zaya_convert.checkpoint": (*_INDEX, "torch (lazy)", "numpy (lazy)"),
     "zaya_convert.hub": ("zaya_convert.errors", "huggingface_hub (lazy)"),
     "zaya_convert.fused_quants": (*_INDEX, "torch (lazy)"),

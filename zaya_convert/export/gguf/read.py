@@ -19,7 +19,9 @@ from zaya_convert.errors import InputError
 from zaya_convert.export.arrays import Array, piece_of
 from zaya_convert.export.gguf import metadata, tokenizer
 from zaya_convert.export.gguf.names import DIALECTS, Dialect, Place, detect
-from zaya_convert.gguf_header import GgufHeader, read_gguf, read_gguf_set
+from zaya_convert.gguf_format import NUMBER_KEY
+from zaya_convert.gguf_header import GgufHeader, read_gguf
+from zaya_convert.gguf_parts import read_gguf_set
 from zaya_convert.headers import FLOAT_DTYPES, RawTensor
 from zaya_convert.layout import EXPERT_PARTS, PART_BY_NAME, TensorKey
 from zaya_quant.spec import BLOCK_TYPES, spec_of_type
@@ -99,7 +101,7 @@ def verify_file(path: Path, progress: Callable[[int], None] = lambda _: None) ->
 def _intact(path: Path) -> bool:
     """Whether a header has the digest that stands in it."""
     header = read_gguf(path)
-    number = header.short("split.no", 0)
+    number = header.short(NUMBER_KEY, 0)
     claimed = header.short(f"{metadata.HEADER_DIGEST}{number}")
     if not isinstance(claimed, str):
         return False

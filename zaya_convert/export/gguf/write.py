@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from zaya_convert.export.container import Outcome, PlannedFile, PlannedFiles, offsets, split
 from zaya_convert.export.gguf import metadata, tokenizer
 from zaya_convert.export.gguf.names import Dialect
-from zaya_convert.gguf_header import build_header
+from zaya_convert.gguf_format import COUNT_KEY, NUMBER_KEY, TOTAL_KEY
+from zaya_convert.gguf_writing import build_header
 
 if TYPE_CHECKING:
     from zaya_convert.plan import Plan
@@ -62,9 +63,9 @@ class GgufFiles:
         if len(self._parts) > 1:
             entries = [
                 *entries,
-                ("split.no", "u16", index),
-                ("split.count", "u16", len(self._parts)),
-                ("split.tensors.count", "i32", len(self._plan.arrays)),
+                (NUMBER_KEY, "u16", index),
+                (COUNT_KEY, "u16", len(self._parts)),
+                (TOTAL_KEY, "i32", len(self._plan.arrays)),
             ]
         entries = [*entries, (f"{metadata.HEADER_DIGEST}{index}", "str", metadata.BLANK_DIGEST)]
         tensors = [
