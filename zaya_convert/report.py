@@ -95,17 +95,20 @@ def to_text(report: Report, *, color: bool = False) -> str:
     for name, value in figures(report):
         table.add_row(name, value)
     out = io.StringIO()
-    console = Console(file=out, width=96, force_terminal=color, no_color=not color)
+    console = Console(
+        file=out, width=96, force_terminal=color, no_color=not color,
+        markup=False, emoji=False, highlight=False,
+    )  # fmt: skip
     console.print(table)
     for check in report.checks:
         if check.limit is not None or not check.passed:
-            console.print(check.line(), highlight=False)
+            console.print(check.line(), soft_wrap=True)
     if all(check.limit is None for check in report.checks):
         console.print("no bounds asked for (--max-kl, --min-top1, ...): only soundness was judged")
     for name in report.undecided:
-        console.print(f"?    {name}", highlight=False)
+        console.print(f"?    {name}", soft_wrap=True)
     style = {"pass": "bold green", "fail": "bold red"}.get(report.verdict, "bold yellow")
-    console.print(f"verdict: {report.verdict}", style=style, highlight=False)
+    console.print(f"verdict: {report.verdict}", style=style)
     return out.getvalue()
 
 

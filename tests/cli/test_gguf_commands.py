@@ -232,6 +232,10 @@ def test_calibration_is_told(
     again = tmp_path / "again.gguf"
     assert zaya("export", out, "--to", "gguf", "-o", again).code == 0
     assert open_model(str(again)).manifest["calibration"]["tokens"] == 64
+    folder = tmp_path / "folder"
+    assert zaya("export", again, "-o", folder).code == 0
+    assert "Calibrated on 64 tokens of random token ids" in (folder / "README.md").read_text()
+    assert zaya("validate", folder, "--reference", plain, "--tokens", 64).code == 0
 
 
 def test_modes_honour_the_umask(zaya: Zaya, plain: Path, tmp_path: Path) -> None:
@@ -423,6 +427,7 @@ def test_floats_in_gguf_can_be_quantized(
         ("export", ["--packing", "dense"], "is a name for GGUF; dense writes a folder"),
         ("quantize", ["--bits", "4"], "is a name for GGUF; compressed-tensors writes a folder"),
         ("export", ["--to", "gguf", "--type", "Q9_9"], "'Q9_9' is not one of"),
+        ("export", ["--packing", "dense", "--type", "Q4_K"], "a type of GGUF; give --to gguf"),
         ("export", ["--to", "gguf", "--dialect", "pr1"], "'pr1' is not one of"),
     ],
 )

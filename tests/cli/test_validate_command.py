@@ -73,10 +73,14 @@ def test_text(zaya: Zaya, artifact: Path, nano_hybrid: Path) -> None:
 def test_token_ids_from_a_file(
     zaya: Zaya, artifact: Path, nano_hybrid: Path, tmp_path: Path
 ) -> None:
-    data = tmp_path / "ids.jsonl"
+    data = tmp_path / "ids [bold] :smile:.jsonl"
     data.write_text(json.dumps({"ids": [1, 2, 3, 4, 5]}))
     arguments = ("--reference", nano_hybrid, "--data", data, "--json")
     assert zaya("validate", artifact, *arguments).json()["tokens"] == 5
+    text = zaya("validate", artifact, *arguments[:-1], "--max-kl", 1).out
+    assert f"5 tokens of {data.name}, float32" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("ok   KL"))
+    assert line.endswith("(limit 1)")
 
 
 def test_a_wrong_reference_fails(zaya: Zaya, artifact: Path, nano: Callable[..., Path]) -> None:

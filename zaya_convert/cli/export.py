@@ -12,6 +12,7 @@ from zaya_convert.cli.conversion import Writing, carry_out, default_output
 from zaya_convert.cli.opening import open_named
 from zaya_convert.cli.output import Output, output_options
 from zaya_convert.cli.params import MODEL, writing_options
+from zaya_convert.errors import UsageError
 from zaya_convert.export import FORMATS
 
 
@@ -29,8 +30,8 @@ from zaya_convert.export import FORMATS
     "--type",
     "kind",
     type=click.Choice(recipes.TYPES, case_sensitive=False),
-    help="Type of all matrices [default: as MODEL holds them]. Block types are for GGUF and float "
-    "models: plain rounding, as other converters do; `quantize` does better.",
+    help="Type of all matrices [default: as MODEL holds them]. Block types (q4_0 and on) are for "
+    "GGUF files of float models: plain rounding, as other converters do; `quantize` does better.",
 )
 @writing_options
 @output_options
@@ -43,6 +44,8 @@ def command(model: str, format: str, kind: str | None, out: Output, **options: A
     the legacy layout into the hybrid one. Prints the output's path.
     """
     writing = Writing(format, **options)
+    if kind and format != "gguf" and kind.upper() not in recipes.FLOAT_TYPES:
+        raise UsageError(f"--type {kind} is a type of GGUF; give --to gguf, or use `quantize`")
     source = open_named(model, out)
     from zaya_convert.plan import make_plan
 

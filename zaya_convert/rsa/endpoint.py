@@ -204,7 +204,8 @@ class Endpoint:
             except (httpx2.RequestError, _Transient) as error:
                 what, wish = _described(error), getattr(error, "wish", None)
                 if number == self._attempts:
-                    raise InputError(f"gave up after {number} attempts: {what}", self.url) from None
+                    tries = "1 attempt" if number == 1 else f"{number} attempts"
+                    raise InputError(f"gave up after {tries}: {what}", self.url) from None
             except httpx2.InvalidURL as error:
                 raise UsageError(f"{self.url}: {error}") from None
             if wish is not None and wish > _LONGEST_WISH:

@@ -142,15 +142,18 @@ def to_text(report: ParityReport, *, color: bool = False) -> str:
     for row in rows:
         rounds.add_row(*row[:8])
     out = io.StringIO()
-    console = Console(file=out, width=110, force_terminal=color, no_color=not color)
+    console = Console(
+        file=out, width=110, force_terminal=color, no_color=not color,
+        markup=False, emoji=False, highlight=False,
+    )  # fmt: skip
     console.print(table)
     console.print(rounds)
     for check in report.checks:
-        console.print(check.line(), highlight=False, markup=False, soft_wrap=True)
+        console.print(check.line(), soft_wrap=True)
     for finding in report.findings:
-        console.print(f"-> {finding}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"-> {finding}", soft_wrap=True)
     style = {PASS: "bold green", FAIL: "bold red"}.get(report.verdict, "bold yellow")
-    console.print(f"verdict: {report.verdict}", style=style, highlight=False)
+    console.print(f"verdict: {report.verdict}", style=style)
     return out.getvalue()
 
 
