@@ -102,10 +102,15 @@ def _calibration_lines(facts: Mapping[str, Any]) -> list[str]:
     found, chosen = facts.get("calibration"), facts.get("allocation")
     lines = []
     if found:
+        coverage = "."
+        if "below_minimum" in found:  # a GGUF file, exported again, does not say
+            coverage = (
+                f"; {len(found['below_minimum'])} experts had fewer than "
+                f"{found['min_tokens']:,} tokens, {len(found['fallback'])} matrices none."
+            )
         lines.append(
             f"Calibrated on {found['tokens']:,} tokens of {found['data']} (statistics "
-            f"`{found['digest'][:16]}`); {len(found['below_minimum'])} experts had fewer than "
-            f"{found['min_tokens']:,} tokens, {len(found['fallback'])} matrices none."
+            f"`{found['digest'][:16]}`)" + coverage
         )
     if chosen:
         lines.append(f"Bits were chosen for each matrix to meet {chosen['target']}.")

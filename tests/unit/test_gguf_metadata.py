@@ -303,14 +303,25 @@ def test_odd_provenance_is_not_trusted(
     assert "calibration" not in manifest
 
 
-def test_a_recipe_that_is_no_json_is_refused(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[1]", "expected a JSON object"),
+        ('{"name": 1}', "has no name"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused(
+    source: Path, tmp_path: Path, recipe: str, says: str
+) -> None:
     write(source, tmp_path / "x.gguf")
     path = rewrite(
         tmp_path / "x.gguf",
         tmp_path / "y.gguf",
-        keys=lambda found: found.update({"zaya_convert.recipe": ("str", "{")}),
+        keys=lambda found: found.update({"zaya_convert.recipe": ("str", recipe)}),
     )
-    with pytest.raises(InputError, match=r"zaya_convert\.recipe is not JSON"):
+    with pytest.raises(InputError, match=rf"zaya_convert\.recipe: {says}"):
         open_model(str(path))
 
 

@@ -16,6 +16,7 @@ from zaya_convert.errors import InputError
 from zaya_convert.export.container import Outcome
 from zaya_convert.export.gguf.names import Dialect
 from zaya_convert.gguf_header import GgufHeader
+from zaya_convert.headers import parse_json_object
 
 if TYPE_CHECKING:
     from zaya_convert.plan import Plan
@@ -208,13 +209,12 @@ def read_manifest(header: GgufHeader) -> dict[str, Any]:
         "source": {"digest": digest, "model": model},
     }
     if isinstance(recipe, str):
-        try:
-            manifest["recipe"] = json.loads(recipe)
-        except ValueError:
-            raise InputError(f"{PROVENANCE}recipe is not JSON", "metadata") from None
-    names = ("digest", "data", "tokens")
-    calibration = {name: header.short(f"{PROVENANCE}calibration.{name}") for name in names}
-    if all(value is not None for value in calibration.values()):
+        manifest["recipe"] = parse_json_object(recipe.encode(), PROVENANCE + "recipe")
+        if not isinstance(manifest["recipe"].get("name"), str):
+            raise InputError("has no name", PROVENANCE + "recipe")
+    kinds = {"digest": str, "data": str, "tokens": int}
+    calibration = {name: header.short(f"{PROVENANCE}calibration.{name}") for name in kinds}
+    if all(isinstance(calibration[name], kind) for name, kind in kinds.items()):
         manifest["calibration"] = calibration
     return manifest
 
