@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from zaya_convert.checkpoint import Checkpoint, TensorInfo
+from zaya_convert.config import ModelConfig
 from zaya_convert.errors import InputError, UsageError
 from zaya_convert.export import Packing, packing
 from zaya_convert.layout import PART_BY_NAME, TensorKey
@@ -97,49 +98,15 @@ def allocate(
     stats.check_fits(checkpoint)
     if not stats.has_sensitivity:
         raise InputError("holds no sensitivities; calibrate with --sensitivity", "calibration")
-    module = packing(packing_name)
-    fixed = 0
-    groups: dict[tuple[str, ...], _Group] = {}
-    kept: list[TensorKey] = []
-    for info in checkpoint.infos.values():
-        rule = recipe.rule_for(info.key)
-        if rule is None or _role(info.key) not in _ROLES:
-            spec, dtype = rule.spec if rule else None, recipe.float_type(info.key)
-            spec = fitting(spec, info.shape[1]) if spec else None
-            regions = module.regions(info, spec, checkpoint.config, dtype)
-            fixed += sum(region.bytes for region in regions.values())
-            if rule is None:
-                kept.append(info.key)
-        else:
-            specs = _fitting(module, info)
-            arrays = module.regions(info, specs[0], checkpoint.config).values()
-            unit, _ = module.unit(info.key, specs[0])
-            shared = (unit,) if unit else tuple(region.array.name for region in arrays)
-            groups.setdefault(shared, _Group(rule, specs)).infos.append(info)
-
-    def measure(entry: tuple[_Group, TensorInfo]) -> list[float]:
-        return _costs(checkpoint, stats, entry[1], entry[0].specs)
-
-    def size(group: _Group, spec: Spec) -> int:
-        regions = (module.regions(info, spec, checkpoint.config) for info in group.infos)
-        return sum(region.bytes for found in regions for region in found.values())
-
-    matrices = [(group, info) for group in groups.values() for info in group.infos]
-    with one_thread_each(), Threads(threads or os.cpu_count() or 1) as pool:
-        for done, ((group, _), costs) in enumerate(
-            zip(matrices, pool.map(measure, matrices), strict=True), 1
-        ):
-            group.add(costs)
-            progress("measuring grids", done, len(matrices))
-    found = [
-        _hull([Option(spec, size(g, spec), kl) for spec, kl in zip(g.specs, g.costs, strict=True)])
-        for g in groups.values()
-    ]
+    module, config = packing(packing_name), checkpoint.config
+    groups, kept, fixed = _groups(checkpoint, recipe, module)
+    _measure(checkpoint, stats, groups, threads or os.cpu_count() or 1, progress)
+    found = [group.options(module, config) for group in groups]
     largest = fixed + sum(own[-1].bytes for own in found)
     picked = _fill(found, (min(target, largest) if ceiling else target) - fixed, fixed)
     chosen = [
         (info, group.rule, option)
-        for group, option in zip(groups.values(), picked, strict=True)
+        for group, option in zip(groups, picked, strict=True)
         for info in group.infos
     ]
     return Allocation(
@@ -166,6 +133,62 @@ class _Group:
     def add(self, costs: Sequence[float]) -> None:
         """Add what one matrix costs on each grid."""
         self.costs = [a + b for a, b in zip(self.costs or [0.0] * len(costs), costs, strict=True)]
+
+    def options(self, module: Packing, config: ModelConfig) -> list[Option]:
+        """Those worth having, the smallest first."""
+
+        def size(spec: Spec) -> int:
+            regions = (module.regions(info, spec, config) for info in self.infos)
+            return sum(region.bytes for found in regions for region in found.values())
+
+        costs = zip(self.specs, self.costs, strict=True)
+        return _hull([Option(spec, size(spec), kl) for spec, kl in costs])
+
+
+def _groups(
+    checkpoint: Checkpoint, recipe: Recipe, module: Packing
+) -> tuple[list[_Group], list[TensorKey], int]:
+    """What there is to choose for, what the recipe leaves as floats, and the bytes of all else."""
+    fixed = 0
+    groups: dict[tuple[str, ...], _Group] = {}
+    kept: list[TensorKey] = []
+    for info in checkpoint.infos.values():
+        rule = recipe.rule_for(info.key)
+        if rule is None or _role(info.key) not in _ROLES:
+            spec, dtype = rule.spec if rule else None, recipe.float_type(info.key)
+            spec = fitting(spec, info.shape[1]) if spec else None
+            regions = module.regions(info, spec, checkpoint.config, dtype)
+            fixed += sum(region.bytes for region in regions.values())
+            if rule is None:
+                kept.append(info.key)
+        else:
+            specs = _fitting(module, info)
+            arrays = module.regions(info, specs[0], checkpoint.config).values()
+            unit, _ = module.unit(info.key, specs[0])
+            shared = (unit,) if unit else tuple(region.array.name for region in arrays)
+            groups.setdefault(shared, _Group(rule, specs)).infos.append(info)
+    return list(groups.values()), kept, fixed
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    stats: Stats,
+    groups: Sequence[_Group],
+    threads: int,
+    progress: Callable[[str, int, int], None],
+) -> None:
+    """Give every group what its matrices cost on each of its grids."""
+
+    def measure(entry: tuple[_Group, TensorInfo]) -> list[float]:
+        return _costs(checkpoint, stats, entry[1], entry[0].specs)
+
+    matrices = [(group, info) for group in groups for info in group.infos]
+    with one_thread_each(), Threads(threads) as pool:
+        for done, ((group, _), costs) in enumerate(
+            zip(matrices, pool.map(measure, matrices), strict=True), 1
+        ):
+            group.add(costs)
+            progress("measuring grids", done, len(matrices))
 
 
 def _fitting(module: Packing, info: TensorInfo) -> list[Spec]:
