@@ -18,6 +18,7 @@ from zaya_convert.rsa.statistics import Interval
 from zaya_convert.runtime.model import Evaluation
 
 _FEW = 32  # tokens: of fewer no mean is shown
+_CLASSES = 3  # that are named where divergence is concentrated
 NOISE_FACTOR = 100  # ten times the amplitude: other orders of summation, other kernels
 _LEAST_NOISE = 1e-14  # nats: what float64 leaves of a divergence of 0
 
@@ -201,7 +202,7 @@ def mean_over_problems(values: Tensor, among: Tensor, places: Places) -> Interva
     return statistics.mean(sums[there], counts[there])
 
 
-def _concentrated(kl: Tensor, routes: Tensor, skip: int, most: int = 3) -> list[ClassFigures]:
+def _concentrated(kl: Tensor, routes: Tensor, skip: int) -> list[ClassFigures]:
     """Where divergence is: a few classes whose tokens have most of it, compared with all others."""
     total, found = float(kl.sum()), list[ClassFigures]()
     if total <= 0:
@@ -218,7 +219,7 @@ def _concentrated(kl: Tensor, routes: Tensor, skip: int, most: int = 3) -> list[
             ratio = inside / count / others if others > 0 else float("inf")
             expert = -1 if index == skip else index
             found.append(ClassFigures(layer, expert, count, inside / count, ratio))
-    return sorted(found, key=lambda row: -row.times_others)[:most]
+    return sorted(found, key=lambda row: -row.times_others)[:_CLASSES]
 
 
 def _p99(values: Tensor) -> float:

@@ -61,10 +61,8 @@ def share(hits: Values, counts: Values) -> Interval:
     return Interval(p, min(max(middle - half, 0.0), p), max(min(middle + half, 1.0), p))
 
 
-def bootstrap(
-    columns: Sequence[Values], statistic: Callable[..., Values], seed: int = 0
-) -> Interval:
-    """A statistic of sums over problems, and its bootstrap interval.
+def bootstrap(columns: Sequence[Values], statistic: Callable[..., Values]) -> Interval:
+    """A statistic of sums over problems, and its bootstrap interval, the same for the same sums.
 
     One that is infinite is so for certain, one that is nan could be anything.
 
@@ -74,7 +72,7 @@ def bootstrap(
     """
     table = np.stack(columns, axis=1)
     value = float(statistic(*table.sum(0)))
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     weights = generator.multinomial(len(table), np.full(len(table), 1 / len(table)), _DRAWS)
     with np.errstate(invalid="ignore", divide="ignore"):
         drawn = statistic(*(weights @ table).T)
