@@ -29,6 +29,7 @@ from zaya_quant.metrics import kl_divergence, perplexity_from_nll, sqnr_db_from_
 # (what, done, of)
 Progress = Callable[[str, int, int], None]
 
+_LEAST_ENERGY = 1e-3  # of a row, in parts of the mean row's
 _HEAD_ROWS = 256  # rows of logits held at once; the head is read once per such block
 _KL_ROWS = 16  # rows in float64 at once
 
@@ -62,13 +63,22 @@ class Check:
 
 @dataclass(frozen=True)
 class TensorError:
-    """Signal-to-quantization-noise ratio of one matrix, in dB (inf: unchanged)."""
+    """What became of one tensor.
+
+    Attributes:
+        role: "expert", "attention" or "float": see ``layout.Part``.
+        sqnr_db: signal-to-quantization-noise ratio, in dB; inf: unchanged.
+        gain: how much of the reference is in the candidate, <a, b> / <a, a>, in the row where that
+            is furthest from 1; rows of next to nothing do not count.
+    """
 
     name: str
     layer: int
     expert: int
     bits: int
+    role: str
     sqnr_db: float
+    gain: float
 
 
 @dataclass(frozen=True)
@@ -176,7 +186,7 @@ def validate(
         packing=candidate.format,
         engine=models[1].name,
         reference_digest_matches=matches,
-        tensors=tensors,
+        tensors=[row for row in tensors if row.role != "float"],
         calibration=_stated(candidate, "calibration", _CALIBRATION),
         allocation=_stated(candidate, "allocation", _ALLOCATION),
     )
@@ -258,7 +268,7 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
 def compare_weights(
     reference: Checkpoint, candidate: Checkpoint, progress: Progress
 ) -> tuple[list[TensorError], bool | None]:
-    """SQNR of every matrix a recipe may quantize, and whether the reference is the real source.
+    """What became of every tensor but embedding and head, and whether the reference is the source.
 
     The second is None when the candidate does not say what it was made from.
 
@@ -271,8 +281,7 @@ def compare_weights(
     scaled = with_scaling(reference, candidate.path)
     errors: list[TensorError] = []
     for done, (key, info) in enumerate(reference.infos.items(), 1):
-        matrix = PART_BY_NAME[key.part].role in ("expert", "attention")
-        if matrix:
+        if PART_BY_NAME[key.part].role != "embedding":  # too large to be read at once
             errors.append(_tensor_error(scaled, candidate, key))
         if claimed and info.spec is None:
             own = blake3()
@@ -289,13 +298,27 @@ def compare_weights(
 def _tensor_error(reference: Checkpoint, candidate: Checkpoint, key: TensorKey) -> TensorError:
     a = reference.read_float(key, torch.float32)
     b = candidate.read_float(key, torch.float32)
+    rows = min(len(a), len(b))  # of the vocabulary
+    a, b = a[:rows], b[:rows]
     signal, noise = float(a.square().sum()), float((a - b).square().sum())
     if not math.isfinite(signal + noise):
         raise InputError("holds values that are not finite", str(key))
     spec = candidate.infos[key].spec
     bits = spec.bits if spec else 8 * candidate.infos[key].bytes // max(a.numel(), 1)
     sqnr = sqnr_db_from_energy(signal, noise)
-    return TensorError(key.module, key.layer, key.expert, bits, sqnr)
+    role = PART_BY_NAME[key.part].role
+    return TensorError(key.module, key.layer, key.expert, bits, role, sqnr, _gain(a, b))
+
+
+def _gain(a: Tensor, b: Tensor) -> float:
+    """See ``TensorError``; a vector is one row."""
+    a, b = (x.flatten(1) if x.dim() > 1 else x[None] for x in (a, b))
+    energy = a.square().sum(1)
+    there = energy > _LEAST_ENERGY * energy.mean()
+    if not bool(there.any()):
+        return 1.0
+    gains = (a * b).sum(1)[there] / energy[there]
+    return float(gains[(gains - 1).abs().argmax()])
 
 
 def _checks(report: Report, bounds: Bounds) -> list[Check]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,19 +19,22 @@ from zaya_convert.errors import InputError
 from zaya_convert.layout import PART_BY_NAME, TensorKey
 from zaya_convert.models import open_model
 from zaya_convert.plan import make_plan
-from zaya_convert.rsa import forced, report, yardstick
+from zaya_convert.rsa import forced, judgement, report, texts, yardstick
 from zaya_convert.rsa.generator import Answer, Request
 from zaya_convert.rsa.local import LocalGenerator
-from zaya_convert.rsa.parity import Plan, parity
+from zaya_convert.rsa.pairs import RoundPair
+from zaya_convert.rsa.parity import Plan, parity, weight_figures
 from zaya_convert.rsa.problems import Problem, read
 from zaya_convert.rsa.results import ParityReport
 from zaya_convert.rsa.settings import Settings
 from zaya_convert.rsa.sides import Arithmetic, Side
+from zaya_convert.rsa.statistics import Interval
 from zaya_convert.rsa.verdict import Bounds
 from zaya_convert.runtime.cache import Cache
 from zaya_convert.runtime.generate import Sampling
 from zaya_convert.runtime.model import Model, Output
 from zaya_convert.runtime.tokenizer import Tokenizer
+from zaya_convert.validate import compare_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,6 +42,15 @@ Run = Callable[..., ParityReport]
 
 BOTH_ROUNDS = Settings(candidates=2, tails=2, rounds=1, budget=72, tail=40)
 FIRST_ROUND = replace(BOTH_ROUNDS, rounds=0)  # enough where traces tell
+
+
+_ALIKE = RoundPair(
+    0, None, None, None, Interval(1, 1, 1), None, None, 1, 1, 1, 1, 1, 0, [], 1, 1, 1
+)
+_SHELL = ParityReport(
+    "reference", "candidate", "engine", "float32", 8, "", FIRST_ROUND, [0], False, [_ALIKE], None,
+    1, 2000, 1000, 0.1, 3, {},
+)  # fmt: skip
 
 
 @dataclass
@@ -201,13 +214,99 @@ def test_two_swapped_experts_fail(
 ) -> None:
     found = run(f"swapped{layer}", swapped(model, layer, one, other))
     assert found.verdict == "fail"
-    assert "every matrix is the reference's" in failed(found)
+    assert "every tensor is the reference's" in failed(found)
     assert "engine" not in failed(found)
     (line,) = (line for line in found.findings if line.startswith("weights:"))
     assert f"layer {layer} has" in line
     assert f"expert {one} (" in line
     assert f"expert {other} (" in line
     assert "attention" not in line
+
+
+def changed(model: Checkpoint, name: str, change: Callable[[Tensor], Tensor]) -> Checkpoint:
+    (key,) = (key for key in model.infos if str(key) == name)
+    return replace(model, scaling={**model.scaling, key: Instead(change(model.read_float(key)))})
+
+
+def judged(**figures: Any) -> ParityReport:
+    """A report of nothing but these figures."""
+    found = replace(_SHELL, **figures, checks=[])
+    found.checks.extend(judgement.checks(found, Bounds()))
+    return replace(found, findings=judgement.findings(found, Bounds()))
+
+
+def transposed_head(weight: Tensor) -> Tensor:
+    weight = weight.clone()
+    weight[:64, :64] = weight[:64, :64].T.clone()
+    return weight
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "check", "shown"),
+    [
+        (
+            "mlp.experts.9.down_proj.weight",
+            lambda w: w * 1.5,
+            "row",
+            "expert 9 (5.9 dB, gain 1.49)",
+        ),
+        ("mlp.experts.2.up_proj.weight", lambda w: w.flip(0), "tensor", "expert 2 ("),
+        ("self_attn.qkv_proj.q_proj.weight", transposed_head, "row", "q_proj ("),
+        ("self_attn.qk_norm.temp", torch.ones_like, "row", "qk_norm.temp ("),
+        ("mlp.gate.balancing_biases", torch.zeros_like, "tensor", "balancing_biases (0.0 dB"),
+        ("post_mlp_residual_scale.residual_scale", lambda w: w * 2, "row", "residual_scale ("),
+    ],
+)
+def test_every_tensor_is_looked_at(
+    model: Checkpoint, name: str, change: Callable[[Tensor], Tensor], check: str, shown: str
+) -> None:
+    damaged = changed(rounded(model, 4), f"model.layers.1.{name}", change)
+    errors, _ = compare_weights(model, damaged, lambda *progress: None)
+    found = judged(weights=weight_figures(errors, Bounds()))
+    assert f"every {check}" in failed(found)
+    (line,) = (line for line in found.findings if line.startswith("weights:"))
+    assert "layer 1 has" in line
+    assert shown in line
+
+
+def test_a_rounded_router_is_named(model: Checkpoint) -> None:
+    name = "model.layers.2.mlp.gate.router_mlp.fc1.weight"
+    coarse = changed(model, name, lambda w: (w * 64).round() / 64)
+    errors, _ = compare_weights(model, coarse, lambda *progress: None)
+    found = judged(weights=weight_figures(errors, Bounds()))
+    (line, *_) = judgement._weight_findings(found)  # pyright: ignore[reportPrivateUsage]
+    assert "router_mlp.fc1, which quantizers leave alone, differs (" in line
+
+
+def test_honest_rounding_keeps_every_row(model: Checkpoint) -> None:
+    for bits in (3, 4):
+        errors, _ = compare_weights(model, rounded(model, bits), lambda *progress: None)
+        assert not weight_figures(errors, Bounds()).strangers
+
+
+def test_another_tokenizer_is_no_other_model_but_fails(bundled: Path, tmp_path: Path) -> None:
+    files = {p.name: p.read_bytes() for p in bundled.iterdir() if p.suffix in (".json", ".jinja")}
+    config = json.loads(files["config.json"])
+    own = Tokenizer.parse(files, config)
+    problems = [Problem("1", "Compute 2+3.", None)]
+
+    def beside(**other: bytes) -> texts.TextFigures:
+        changed = {name: other.get(name.partition(".")[0], text) for name, text in files.items()}
+        return texts.compare(own, Tokenizer.parse(changed, config), problems)
+
+    assert beside().differences == 0
+    data = json.loads(files["tokenizer.json"])
+    vocabulary = data["model"]["vocab"]
+    vocabulary["Q"], vocabulary["Z"] = vocabulary["Z"], vocabulary["Q"]
+    swapped = beside(tokenizer=json.dumps(data).encode())
+    assert (swapped.tokens, swapped.examples, swapped.prompts) == (2, ["Q", "Z"], 0)
+    assert beside(chat_template=files["chat_template.jinja"] + b"!").prompts == 1
+    other_end = beside(generation_config=b'{"eos_token_id": 7}')
+    assert (other_end.stops_candidate, other_end.differences) == ([7], 1)
+    assert beside(generation_config=b'{"eos_token_id": [5, 7]}').differences == 0
+    found = judged(texts=swapped)
+    assert failed(found).startswith("tokenizer, chat template and stop tokens")
+    assert "tokenizer: 2 tokens have another number or are missing: 'Q', 'Z'" in pointed_at(found)
 
 
 def test_a_wrong_skip_expert_fails(run: Run, model: Checkpoint) -> None:
@@ -252,21 +351,28 @@ def test_another_arithmetic_of_the_same_weights_is_no_fault(run: Run, model: Che
 def test_too_little_evidence_is_inconclusive(run: Run, plan: Plan) -> None:
     found = run("reference", problems=plan.problems[:2], runs=None)
     assert found.verdict == "inconclusive"
-    unanswered = run("reference", settings=replace(plan.settings, budget=3, tail=3), runs=None)
-    assert unanswered.verdict == "inconclusive"
-    undecided = [check.name for check in unanswered.checks if check.outcome == "undecided"]
-    assert "accuracy in the last round, candidate - reference" in undecided
+    short = run("reference", settings=replace(plan.settings, budget=3, tail=3), runs=None)
+    assert short.verdict == "inconclusive"
+    undecided = [check.name for check in short.checks if check.outcome == "undecided"]
+    assert undecided == ["evidence (teacher-forced tokens)"]
+    assert short.generated_tokens < plan.bounds.min_tokens < short.trace_tokens
 
 
-def test_the_same_rollouts_need_no_answers(run: Run, plan: Plan, model: Checkpoint) -> None:
+def test_a_reference_without_answers_is_judged_by_its_tokens(
+    run: Run, plan: Plan, model: Checkpoint
+) -> None:
     riddles = [Problem(str(i), f"Say {i}.", None) for i in range(8)]
     settings = replace(plan.settings, budget=20, tail=20)
     few = replace(plan.bounds, min_tokens=200)
     same = run("reference", problems=riddles, settings=settings, bounds=few)
     assert same.rounds[0].answered_reference < 1
     assert same.verdict == "pass"
+    fine = run("int8", rounded(model, 8), problems=riddles, settings=settings, bounds=few)
+    assert fine.rounds[0].identical_traces < 1 or fine.candidate_figures.kl_mean > 0  # type: ignore[union-attr]
+    assert fine.verdict == "pass", failed(fine)
     other = run("int2", rounded(model, 2), problems=riddles, settings=settings, bounds=few)
-    assert other.verdict != "pass"
+    assert other.verdict == "fail"
+    assert "answer" not in failed(other)
 
 
 def test_bounds_take_the_place_of_the_yardstick(run: Run, plan: Plan) -> None:
@@ -347,6 +453,8 @@ def test_a_server_is_judged_by_its_log_probabilities(plan: Plan, model: Checkpoi
     assert alike.verdict == "pass", failed(alike)
     assert alike.sampled is not None
     assert alike.sampled.kl.value < 1e-9
+    assert alike.checks[1].name == "evidence (sampled tokens)"
+    assert alike.checks[1].value == alike.sampled.tokens
     assert alike.weights is None
 
 

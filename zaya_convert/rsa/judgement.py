@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from zaya_convert.rsa.results import ParityReport
 from zaya_convert.rsa.statistics import Interval
 from zaya_convert.rsa.verdict import FAIL, UNDECIDED, Bounds, Check, at_least, at_most, enough
 
+if TYPE_CHECKING:
+    from zaya_convert.validate import TensorError
+
 _STANDS_OUT = 5  # times all other tokens
+_FLOAT_DB = 40.0  # which 8 bits keep
 _SHOWN = 6
 
 
 def checks(report: ParityReport, bounds: Bounds) -> list[Check]:
-    """Every bound, in the order of the report: evidence, engine, weights, divergence, answers."""
+    """Every bound, in the order of the report: evidence, texts, engine, weights, divergence,
+    answers."""
     return [
         enough("evidence (problems)", report.problems, bounds.min_problems),
-        enough("evidence (teacher-forced tokens)", report.trace_tokens, bounds.min_tokens),
+        _tokens(report, bounds),
+        *_texts(report),
         *_engine(report, bounds),
         *_weights(report, bounds),
         *_divergence(report, bounds),
@@ -28,12 +36,24 @@ def checks(report: ParityReport, bounds: Bounds) -> list[Check]:
 def findings(report: ParityReport, bounds: Bounds) -> list[str]:
     """What the figures point at, most specific first.
 
-    Nothing when all passed, but for prompts: other ones make everything else hard to judge.
+    When all passed only what limits the verdict: other prompts, or a reference without answers.
     """
-    found = list(_prompt_findings(report))
+    found = list(_notes(report))
     if any(check.outcome == FAIL for check in report.checks):
         found += _findings(report, bounds)
     return found
+
+
+def _tokens(report: ParityReport, bounds: Bounds) -> Check:
+    if report.sampled is not None:
+        return enough("evidence (sampled tokens)", report.sampled.tokens, bounds.min_tokens)
+    return enough("evidence (teacher-forced tokens)", report.generated_tokens, bounds.min_tokens)
+
+
+def _texts(report: ParityReport) -> Iterator[Check]:
+    if report.texts is not None:
+        name = "tokenizer, chat template and stop tokens are the reference's (differences)"
+        yield at_most(name, report.texts.differences, 0)
 
 
 def _engine(report: ParityReport, bounds: Bounds) -> Iterator[Check]:
@@ -45,8 +65,10 @@ def _engine(report: ParityReport, bounds: Bounds) -> Iterator[Check]:
 
 def _weights(report: ParityReport, bounds: Bounds) -> Iterator[Check]:
     if report.weights is not None:
-        name = "every matrix is the reference's (worst SQNR, dB)"
-        yield at_least(name, report.weights.worst_sqnr_db, bounds.min_sqnr_db)
+        name = "every tensor is the reference's (worst SQNR, dB)"
+        yield at_least(name, report.weights.worst.sqnr_db, bounds.min_sqnr_db)
+        name = "every row of it is the reference's (furthest gain from 1)"
+        yield at_most(name, abs(report.weights.furthest.gain - 1), bounds.max_gain)
 
 
 def _divergence(report: ParityReport, bounds: Bounds) -> Iterator[Check]:
@@ -91,14 +113,16 @@ def _answers(report: ParityReport, bounds: Bounds) -> Iterator[Check]:
     # enough tokens that are all the same need no answers to be judged by
     generated = sum(row.tokens_reference for row in report.rounds)
     same = generated >= bounds.min_tokens and all(r.identical_traces == 1 for r in report.rounds)
-    answered = same or last.answered_reference > 0
+    answered = last.answered_reference > 0
+    right = last.accuracy_reference is not None and last.accuracy_reference.value > 0
+    # what the reference never does cannot get worse, and where tokens were judged that suffices
+    told = report.candidate_figures is not None or report.sampled is not None
     unknown = Interval(float("nan"), float("-inf"), float("inf"))
-    if last.difference is not None:
-        right = last.accuracy_reference is not None and last.accuracy_reference.value > 0
+    if last.difference is not None and (right or not told):
         found = last.difference if same or right else unknown
         yield at_least("accuracy in the last round, candidate - reference", found, -bounds.margin)
-    if last.beyond_self is not None:
-        found = last.beyond_self if answered else unknown
+    if last.beyond_self is not None and (answered or not told):
+        found = last.beyond_self if same or answered else unknown
         name = "agreement of answers, beyond that of the reference's own rollouts"
         yield at_least(name, found, -bounds.margin)
 
@@ -118,7 +142,9 @@ def _findings(report: ParityReport, bounds: Bounds) -> Iterator[str]:
                 f"routing: layer {worst} sends {1 - ours:.1%} of the tokens elsewhere, "
                 f"{report.yardstick_bits} bits would {1 - theirs:.1%}"
             )
-        elif report.engine_figures is None or report.engine_figures.beyond.low <= bounds.max_beyond:
+        elif found.kl_mean > 0 and (
+            report.engine_figures is None or report.engine_figures.beyond.low <= bounds.max_beyond
+        ):
             yield (
                 "routing holds in every layer, so it is not the routers: experts, attention or head"
             )
@@ -133,8 +159,23 @@ def _findings(report: ParityReport, bounds: Bounds) -> Iterator[str]:
     yield from _trace_findings(report)
 
 
-def _prompt_findings(report: ParityReport) -> Iterator[str]:
-    other = report.rounds[0].other_prompts
+def _notes(report: ParityReport) -> Iterator[str]:
+    other, texts = report.rounds[0].other_prompts, report.texts
+    if texts is not None and texts.tokens:
+        examples = ", ".join(map(repr, texts.examples))
+        yield f"tokenizer: {texts.tokens} tokens have another number or are missing: {examples}"
+    if texts is not None and texts.prompts:
+        yield (
+            f"prompts: {texts.prompts} of {report.problems} problems make another prompt by the "
+            "candidate's tokenizer and chat template"
+        )
+    if texts is not None and texts.stops_reference != texts.stops_candidate:
+        yield (
+            f"stop tokens: the reference ends at {texts.stops_reference}, the candidate at "
+            f"{texts.stops_candidate}"
+        )
+    if not report.rounds[-1].answered_reference:
+        yield "answers: the reference gives none in the last round, so only tokens were judged"
     if other:
         yield (
             f"prompts: {other:.1%} of round 0 have another number of tokens than the reference's, "
@@ -169,25 +210,40 @@ def _engine_findings(report: ParityReport, bounds: Bounds) -> Iterator[str]:
 
 
 def _weight_findings(report: ParityReport) -> Iterator[str]:
-    if report.weights is None:
+    found = report.weights
+    if found is None:
         return
-    if not report.weights.strangers:
-        yield (
-            f"weights: all are the reference's; the coarsest matrix is {report.weights.worst} "
-            f"({report.weights.worst_sqnr_db:.1f} dB)"
-        )
-        return
-    layers: dict[int, dict[int, float]] = {}
-    for _, layer, expert, sqnr in report.weights.strangers:
-        experts = layers.setdefault(layer, {})
-        experts[expert] = min(sqnr, experts.get(expert, sqnr))
-    for layer, experts in list(layers.items())[:_SHOWN]:
+    layers: dict[int, dict[str, TensorError]] = {}
+    for row in found.strangers:
+        named = layers.setdefault(row.layer, {})
+        named[_named(row)] = min(row, named.get(_named(row), row), key=lambda r: r.sqnr_db)
+    for layer, rows in list(layers.items())[:_SHOWN]:
         names = [
-            f"{'attention' if expert < 0 else f'expert {expert}'} ({sqnr:.1f} dB)"
-            for expert, sqnr in list(experts.items())[:_SHOWN]
+            f"{name} ({row.sqnr_db:.1f} dB, gain {row.gain:.2f})"
+            for name, row in list(rows.items())[:_SHOWN]
         ]
-        more = f" and {len(experts) - _SHOWN} more" if len(experts) > _SHOWN else ""
-        yield f"weights: layer {layer} has matrices of another model: {', '.join(names)}{more}"
+        more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+        where = f"layer {layer} has" if layer >= 0 else "there are"
+        yield f"weights: {where} tensors of another model: {', '.join(names)}{more}"
+    if found.strangers:
+        return
+    if found.worst_float.sqnr_db < _FLOAT_DB:
+        yield (
+            f"weights: {found.worst_float.name}, which quantizers leave alone, differs "
+            f"({found.worst_float.sqnr_db:.1f} dB)"
+        )
+    coarsest = f"; the coarsest is {found.worst.name} ({found.worst.sqnr_db:.1f} dB)"
+    yield (
+        "weights: all but embedding and head, which were not looked at, are the reference's"
+        + ("" if math.isinf(found.worst.sqnr_db) else coarsest)
+    )
+
+
+def _named(row: TensorError) -> str:
+    """A tensor within its layer, all of an expert as one."""
+    if row.expert >= 0:
+        return f"expert {row.expert}"
+    return row.name.removeprefix(f"model.layers.{row.layer}.")
 
 
 def _trace_findings(report: ParityReport) -> Iterator[str]:

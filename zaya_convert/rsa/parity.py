@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from zaya_convert.checkpoint import Checkpoint
-from zaya_convert.rsa import evidence, forced, judgement, pairs, records, sampled, yardstick
+from zaya_convert.rsa import evidence, forced, judgement, pairs, records, sampled, texts, yardstick
 from zaya_convert.rsa.evidence import EngineFigures
 from zaya_convert.rsa.forced import Places, Reading, Trace
 from zaya_convert.rsa.generator import Generator
@@ -36,6 +36,7 @@ from zaya_convert.rsa.results import ParityReport, WeightFigures
 from zaya_convert.rsa.settings import Settings
 from zaya_convert.rsa.sides import Arithmetic, Side
 from zaya_convert.rsa.tails import TailCutter
+from zaya_convert.rsa.texts import TextFigures
 from zaya_convert.rsa.verdict import Bounds
 from zaya_convert.runtime.engine import Engine
 from zaya_convert.runtime.model import Evaluation
@@ -115,10 +116,12 @@ def parity(
         votes=pairs.votes(runs),
         traces=len(traces),
         trace_tokens=sum(len(trace.ids) for trace in traces),
+        generated_tokens=int(test.places.generated.sum()),
         skip_rate_reference=float((own.routes == skip).double().mean()),
         yardstick_bits=plan.yardstick_bits,
         yardstick_matrices=Counter(grids.values()),
-        weights=_weights(errors, plan.bounds) if candidate.checkpoint else None,
+        weights=weight_figures(errors, plan.bounds) if candidate.checkpoint else None,
+        texts=_texts(cutter.tokenizer, candidate.checkpoint, plan),
         yardstick_figures=evidence.figures(measure, own, test.places, skip),
     )
     if isinstance(generator, LocalGenerator) and candidate.checkpoint is not None:
@@ -276,12 +279,22 @@ def _errors(
     return [] if candidate is None else compare_weights(reference, candidate, progress)[0]
 
 
-def _weights(errors: Sequence[TensorError], bounds: Bounds) -> WeightFigures:
-    worst = min(errors, key=lambda row: row.sqnr_db)
-    strangers = [row for row in errors if row.sqnr_db < bounds.min_sqnr_db]
-    strangers.sort(key=lambda row: (row.layer, row.expert))
+def _texts(own: Tokenizer, candidate: Checkpoint | None, plan: Plan) -> TextFigures | None:
+    if candidate is None or not candidate.has_tokenizer:
+        return None
+    return texts.compare(own, Tokenizer.of(candidate), plan.problems)
+
+
+def weight_figures(errors: Sequence[TensorError], bounds: Bounds) -> WeightFigures:
+    """What stands out among a candidate's tensors."""
+
+    def far(row: TensorError) -> float:
+        return abs(row.gain - 1)
+
+    strangers = [r for r in errors if r.sqnr_db < bounds.min_sqnr_db or far(r) > bounds.max_gain]
     return WeightFigures(
-        worst.sqnr_db,
-        worst.name,
-        [(row.name, row.layer, row.expert, row.sqnr_db) for row in strangers],
+        worst=min(errors, key=lambda row: row.sqnr_db),
+        worst_float=min((r for r in errors if r.role == "float"), key=lambda row: row.sqnr_db),
+        furthest=max(errors, key=far),
+        strangers=sorted(strangers, key=lambda row: (row.layer, row.expert)),
     )

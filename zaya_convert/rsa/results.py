@@ -8,21 +8,26 @@ from zaya_convert.rsa.evidence import EngineFigures, Excess, Figures
 from zaya_convert.rsa.pairs import RoundPair, Votes
 from zaya_convert.rsa.sampled import SampledFigures
 from zaya_convert.rsa.settings import Settings
+from zaya_convert.rsa.texts import TextFigures
 from zaya_convert.rsa.verdict import Check, verdict
+from zaya_convert.validate import TensorError
 
 
 @dataclass(frozen=True)
 class WeightFigures:
-    """The candidate's matrices beside the reference's.
+    """The candidate's tensors beside the reference's, but embedding and head.
 
     Attributes:
-        worst_sqnr_db: of all matrices; inf when none differs.
-        strangers: matrices below the bound, as (name, layer, expert or -1, dB).
+        worst: the one with the lowest SQNR; inf when none differs.
+        worst_float: the same among those that quantizers leave alone.
+        furthest: the one with the row whose gain is furthest from 1.
+        strangers: those that break one of the bounds.
     """
 
-    worst_sqnr_db: float
-    worst: str
-    strangers: list[tuple[str, int, int, float]]
+    worst: TensorError
+    worst_float: TensorError
+    furthest: TensorError
+    strangers: list[TensorError]
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,11 @@ class ParityReport:
         engine: what ran the candidate.
         rounds: round by round.
         votes: None when no answers are known.
-        traces, trace_tokens: teacher-forced.
+        traces, trace_tokens, generated_tokens: teacher-forced; prompts are not among the last.
         yardstick_matrices: how many the yardstick rounds to how many bits.
         candidate_figures, yardstick_figures, excess, engine_figures, weights: None where the
             candidate is a server.
+        texts: None where the candidate's tokenizer is not known.
         sampled: beside the reference, from a server's log-probabilities, where it tells them.
         sampled_engine: the same beside our runtime on the candidate's weights, if they are known.
         findings: what the figures point at, in words.
@@ -55,6 +61,7 @@ class ParityReport:
     votes: Votes | None
     traces: int
     trace_tokens: int
+    generated_tokens: int
     skip_rate_reference: float
     yardstick_bits: int
     yardstick_matrices: dict[int, int]
@@ -63,6 +70,7 @@ class ParityReport:
     excess: Excess | None = None
     engine_figures: EngineFigures | None = None
     weights: WeightFigures | None = None
+    texts: TextFigures | None = None
     sampled: SampledFigures | None = None
     sampled_engine: SampledFigures | None = None
     checks: list[Check] = field(default_factory=list)

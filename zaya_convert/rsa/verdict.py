@@ -24,8 +24,10 @@ class Bounds:
     Attributes:
         max_kl, max_kl_p99, min_top1, min_router: of the candidate beside the reference.
         margin: most that accuracy and agreement may fall short.
-        min_sqnr_db: of every matrix: with less it is another matrix, since even one bit a weight
+        min_sqnr_db: of every tensor: with less it is another one, since even one bit a weight
             keeps 4.4 dB (the error of the best two-level quantizer of a normal variable, Max 1960).
+        max_gain: how far from 1 the gain of a row may be: quantizers keep what a row is, within
+            7 % at 4 bits.
         max_beyond: share of tokens on which an engine may differ from our runtime on the same
             weights by more than rounding explains.
         router_slack: share of choices that may differ beyond the yardstick's on average, twice that
@@ -39,6 +41,7 @@ class Bounds:
     min_router: float | None = None
     margin: float = 0.05
     min_sqnr_db: float = 3.0
+    max_gain: float = 0.3
     max_beyond: float = 0.01
     router_slack: float = 0.01
     min_problems: int = 8
