@@ -499,6 +499,7 @@ def theirs(own: Files, **changes: Any) -> GgufHeader:
         {"model": None},
         {"model": "llama"},
         {"model": "gpt2", "pre": "of-the-future"},
+        {"model": "gpt2", "pre": ["gpt-2"]},
         {"tokens": []},
         {"tokens": [1, 2]},
         {"tokens": "text"},

@@ -89,7 +89,7 @@ def side_files(header: GgufHeader) -> dict[str, bytes]:
     data: Mapping[str, Any] = header.metadata
     kind, texts = data.get("tokenizer.ggml.model"), data.get("tokenizer.ggml.tokens", [])
     split = data.get("tokenizer.ggml.pre", "gpt-2")
-    known = kind == "gemma4" or (kind == "gpt2" and split in _SPLITS)
+    known = kind == "gemma4" or (kind == "gpt2" and split in tuple(_SPLITS))
     if not known or not texts or not _strings(texts):
         return {}
     types = data.get("tokenizer.ggml.token_type")
