@@ -123,7 +123,7 @@ def test_parity_passes_and_reports(zaya: Zaya, bundled: Path, tmp_path: Path) ->
     html, junit = tmp_path / "new" / "report.html", tmp_path / "report.xml"
     done = zaya(
         "rsa-parity", bundled, "--reference", bundled, "--size", "smoke", "--limit", 8, *SMALL,
-        "--runs", tmp_path / "runs", "--trace-tokens", 1500, "--report", html, "--junit", junit,
+        "--runs", tmp_path / "runs", "--trace-tokens", 4000, "--report", html, "--junit", junit,
         "--json",
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -170,7 +170,7 @@ def test_parity_refusals(zaya: Zaya, bundled: Path, nano_hybrid: Path) -> None:
 def test_validate_runs_it_too(
     zaya: Zaya, bundled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    smaller = replace(SIZES["smoke"], problems=8, settings=Settings(2, 2, 0), trace_tokens=1500)
+    smaller = replace(SIZES["smoke"], problems=10, settings=Settings(2, 2, 0), trace_tokens=3000)
     monkeypatch.setitem(SIZES, "smoke", smaller)
     html = tmp_path / "report.html"
     done = zaya(
@@ -180,5 +180,5 @@ def test_validate_runs_it_too(
     assert done.code == 0, done.err
     facts = done.json()
     assert facts["verdict"] == facts["rsa"]["verdict"] == "pass"
-    assert sum(check["name"].startswith("RSA: ") for check in facts["checks"]) == 12
+    assert sum(check["name"].startswith("RSA: ") for check in facts["checks"]) == 14
     assert "RSA parity" in html.read_text()

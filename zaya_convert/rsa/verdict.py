@@ -71,9 +71,13 @@ class Check:
         mark = {PASS: "ok  ", FAIL: "FAIL", UNDECIDED: "?   "}[self.outcome]
         word = "at least" if self.above else "at most"
         if math.isnan(self.value):
-            return f"{mark} {self.name}: nothing to judge it by ({word} {self.limit:.3g})"
-        interval = "" if self.low == self.high else f" [{self.low:.3g}, {self.high:.3g}]"
-        return f"{mark} {self.name}: {self.value:.3g}{interval} ({word} {self.limit:.3g})"
+            return f"{mark} {self.name}: nothing to judge it by ({word} {_short(self.limit)})"
+        interval = "" if self.low == self.high else f" [{_short(self.low)}, {_short(self.high)}]"
+        return f"{mark} {self.name}: {_short(self.value)}{interval} ({word} {_short(self.limit)})"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.3g}"
 
 
 def at_most(name: str, found: Interval | float, limit: float) -> Check:
