@@ -20,7 +20,7 @@ int32_t zk_best_isa();
 int64_t zk_packed_bytes(const Matrix*);
 void zk_pack(const Matrix*, const Source*, int32_t threads);
 void zk_unpack_rows(const Matrix*, const int64_t* rows, int64_t count, float* out);
-uint64_t zk_read(const void*, int64_t bytes, int32_t threads);
+uint64_t zk_read(const Region*, int64_t count, int32_t threads);
 int32_t zk_linear(const Matrix*, const float* x, int64_t count, const float* bias, float* out,
                   const Options*);
 int32_t zk_moe_ffn(const Run*, int64_t count, const int64_t* order, const float* x,
@@ -102,7 +102,9 @@ Packed make(int64_t rows, int64_t columns, int32_t bits, int32_t group, int32_t 
     made.data.reset(static_cast<uint8_t*>(std::aligned_alloc(64, bytes)));
     made.matrix.data = made.data.get();
     zk_pack(&made.matrix, &source, 2);
-    zk_read(made.matrix.data, bytes, 2);
+    const int64_t part = bytes / 3;
+    const Region regions[] = {{made.data.get(), part}, {made.data.get() + part, bytes - part}};
+    zk_read(regions, 2, 2);
     made.values.resize(rows * columns);
     std::vector<int64_t> all(rows);
     for (int64_t i = 0; i < rows; i++) all[i] = i;

@@ -159,7 +159,7 @@ void unpack_row(const Matrix& m, int64_t row, float* out) {
 }  // namespace zk
 
 // Raised with every change of a signature or a struct; library.py refuses another one.
-ZK_EXPORT int32_t zk_abi_version() { return 3; }
+ZK_EXPORT int32_t zk_abi_version() { return 4; }
 
 // Raised with every change of what packed bytes mean.
 ZK_EXPORT int32_t zk_layout_version() { return zk::kLayoutVersion; }
@@ -187,18 +187,26 @@ ZK_EXPORT void zk_unpack_rows(const zk::Matrix* matrix, const int64_t* rows, int
         zk::unpack_row(*matrix, rows[i], out + i * matrix->columns);
 }
 
-// Reads bytes, a multiple of 64, as the kernels do, and nothing else: what benchmarks divide by.
-ZK_EXPORT uint64_t zk_read(const void* data, int64_t bytes, int32_t threads) {
+// Reads whole lines of regions, one after the other as the kernels do, and nothing else: what
+// benchmarks divide by.
+ZK_EXPORT uint64_t zk_read(const zk::Region* regions, int64_t count, int32_t threads) {
     typedef uint64_t Line __attribute__((vector_size(64)));
     std::atomic<uint64_t> result{0};
+    int64_t lines = 0;
+    for (int64_t i = 0; i < count; i++) lines += regions[i].bytes / 64;
     zk::Team team(threads);
-    team.run(bytes / 64, zk::kAnything, [&](int64_t begin, int64_t end) {
+    team.run(lines, zk::kAnything, [&](int64_t begin, int64_t end) {
         Line sum[2] = {};
-        const char* from = static_cast<const char*>(data);
-        for (int64_t i = begin; i < end; i++) {
-            Line line;
-            std::memcpy(&line, from + 64 * i, sizeof line);
-            sum[i % 2] ^= line;
+        int64_t first = 0;  // line of the region
+        for (const zk::Region* region = regions; first < end; region++) {
+            const int64_t next = first + region->bytes / 64;
+            const char* from = static_cast<const char*>(region->data);
+            for (int64_t i = std::max(begin, first); i < std::min(end, next); i++) {
+                Line line;
+                std::memcpy(&line, from + 64 * (i - first), sizeof line);
+                sum[i % 2] ^= line;
+            }
+            first = next;
         }
         const Line both = sum[0] ^ sum[1];
         for (int lane = 0; lane < 8; lane++) result ^= both[lane];

@@ -4,10 +4,11 @@
 #include <sched.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 
 namespace zk {
@@ -16,6 +17,8 @@ namespace {
 constexpr int kMostThreads = 64;
 constexpr int kChunksEach = 8;      // of a thread's share, so that others can take some of them
 constexpr int kSpins = 2000;        // before a spinning thread offers its core to others
+// How long a worker stays awake for another call: to wake one takes as long as many a product.
+constexpr auto kLinger = std::chrono::microseconds(100);
 constexpr int kBits = 20;           // of a chunk's number
 constexpr uint64_t kMask = (uint64_t{1} << kBits) - 1;
 
@@ -63,7 +66,7 @@ public:
         try {
             for (; workers_ < threads - 1; workers_++)
                 std::thread(&Pool::work, this, workers_ + 1).detach();
-        } catch (const std::system_error&) {
+        } catch (const std::exception&) {  // of no threads, or no memory
             threads = workers_ + 1;
         }
         {
@@ -104,6 +107,7 @@ private:
 
     void work(int index) {
         for (;;) {
+            linger(index);
             {
                 std::unique_lock<std::mutex> lock(mutex_);
                 wake_.wait(lock, [&] { return active_.load() > index; });
@@ -120,6 +124,14 @@ private:
                 done = phase;
             }
         }
+    }
+
+    // Waits a little for the next call, whenever nobody else wants the core.
+    void linger(int index) const {
+        const auto end = std::chrono::steady_clock::now() + kLinger;
+        while (active_.load(std::memory_order_acquire) <= index &&
+               std::chrono::steady_clock::now() < end)
+            sched_yield();
     }
 
     // Takes chunks of `phase` until none is left.  What is read before a chunk is taken belongs to
@@ -162,10 +174,11 @@ void forget() {
     taken.store(false);
 }
 
+// As soon as the library is loaded, so that no fork comes before it.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, forget);
+
 // Called by the one that has `taken` the pool.
 Pool* pool() {
-    static const int registered = pthread_atfork(nullptr, nullptr, forget);
-    (void)registered;
     if (the_pool.load() == nullptr) the_pool.store(new (std::nothrow) Pool);
     return the_pool.load();
 }

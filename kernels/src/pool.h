@@ -1,7 +1,8 @@
 // Threads that share the tasks of a call.
 //
-// Workers sleep between calls.  During one they spin for its next phase, so that phases cost no
-// wake-up.  A call that finds the pool taken by another thread computes alone.
+// During a call workers spin for its next phase, so that phases cost no wake-up.  After it they stay
+// awake for a moment, lest every small product wake them anew, and give way to whoever wants the core;
+// then they sleep.  A call that finds the pool taken by another thread computes alone.
 //
 // Safe after fork: the child, which has no workers, forgets its parent's pool.  Safe at exit: the
 // pool is never destroyed, so sleeping workers have nothing pulled away from under them.
@@ -13,7 +14,7 @@ namespace zk {
 
 class Pool;
 
-// The threads of one call; they go back to sleep when it is destroyed.
+// The threads of one call; they are free again when it is destroyed.
 class Team {
 public:
     explicit Team(int threads);

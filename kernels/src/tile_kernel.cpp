@@ -24,15 +24,16 @@ typedef uint8_t Z __attribute__((vector_size(W)));
 
 constexpr int kParts = kTile / W;
 
-// What registers hold without spilling: rows of activations, and tiles once there are so many rows.
+// What registers hold without spilling: rows of activations, tiles once there are so many rows, and
+// sums of one tile.
 #if defined(__AVX512F__)
-constexpr int kRows = 4, kTiles = 4;
+constexpr int kRows = 4, kTiles = 4, kSums = 12;
 #elif defined(__AVX2__)
-constexpr int kRows = 2, kTiles = 1;
+constexpr int kRows = 2, kTiles = 1, kSums = 6;
 #elif defined(__ARM_NEON)
-constexpr int kRows = 4, kTiles = 1;
+constexpr int kRows = 4, kTiles = 1, kSums = 12;
 #else
-constexpr int kRows = 1, kTiles = 1;
+constexpr int kRows = 1, kTiles = 1, kSums = 0;
 #endif
 
 // How numbers are stored, as far as it changes a loop.
@@ -46,6 +47,10 @@ struct Grid {
     static constexpr int kQuads = 8 / kWords;           // fours of columns in a word
     static constexpr bool kWide = BITS == 8 || LEVELS;  // bytes are codes + 128, not + 8
 };
+
+// Bytes of 4-bit codes that are fetched ahead where one load of weights serves several limbs: so much
+// is computed meanwhile that the processor does not look ahead far enough by itself.
+constexpr int64_t kAhead = 1024;
 
 // ---- what compilers find no good code for --------------------------------------------------------
 
@@ -267,9 +272,9 @@ ZK_INLINE int64_t group_of(int64_t block, int half, int shift) {
 
 ZK_INLINE int32_t word(const int8_t* codes) { return load<int32_t>(codes); }
 
-// Adds to acc the dot products of a block's codes with those of each row.
+// Adds to acc the dot products of a block's codes with those of each of R blocks of activations.
 template <typename G, int R, int T>
-ZK_INLINE void dots(const uint8_t* codes, int64_t tile_step, const Block* const* x, int64_t limb,
+ZK_INLINE void dots(const uint8_t* codes, int64_t tile_step, const Block* const* x,
                     I (*acc)[R][G::HALVES][kParts]) {
 #pragma GCC unroll 8
     for (int i = 0; i < G::kWords; i++) {
@@ -288,9 +293,9 @@ ZK_INLINE void dots(const uint8_t* codes, int64_t tile_step, const Block* const*
                     bytes[t] = G::BITS == 8 ? w[t] : (w[t] >> (4 * quad)) & 0x0F0F0F0Fu;
                     if (G::LEVELS) bytes[t] = look_up(bytes[t]);
                 }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                 for (int r = 0; r < R; r++) {
-                    const int32_t own = word(x[r][limb].codes + 4 * (G::kQuads * i + quad));
+                    const int32_t own = word(x[r]->codes + 4 * (G::kQuads * i + quad));
 #pragma GCC unroll 4
                     for (int t = 0; t < T; t++) {
                         I& sum = acc[t][r][half][part];
@@ -314,14 +319,16 @@ ZK_INLINE I start_of(const Block& x, int half) {
     return G::kWide ? start << 4 : start;
 }
 
-template <typename G, int R, int T>
+// L: limbs that share a load of weights, one after the other else.
+template <typename G, int R, int T, int L>
 void one_span(const Task& task, const Scales<T>& scales, int64_t row) {
     constexpr bool kHeld = T * R * kParts <= 8;  // sums in registers, else in L1
-    const Block* x[R];
+    const Block* x[R * L];
     const int64_t limbs = task.limbs, row_blocks = task.rows.columns / kBlock * limbs;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-        x[r] = task.rows.blocks + (task.first + row + r) * row_blocks + task.start / kBlock * limbs;
+#pragma GCC unroll 16
+    for (int i = 0; i < R * L; i++)
+        x[i] = task.rows.blocks + (task.first + row + i / L) * row_blocks +
+               task.start / kBlock * limbs + i % L;
     const auto sum_at = [&](int t, int r, int part) {
         return task.out + (t * task.count + row + r) * kTile + W * part;
     };
@@ -340,41 +347,46 @@ void one_span(const Task& task, const Scales<T>& scales, int64_t row) {
     const int64_t line = row / R * each, last_line = std::min<int64_t>(line + each, G::BITS);
     int64_t ahead = 0;  // bytes from task.ahead
     for (int64_t block = 0; block < task.columns / kBlock; block++) {
-        for (int64_t limb = 0; limb < limbs; limb++) {
-            I acc[T][R][G::HALVES][kParts];
+        for (int64_t limb = 0; limb < limbs; limb += L) {
+            I acc[T][R * L][G::HALVES][kParts];
 #pragma GCC unroll 4
             for (int t = 0; t < T; t++)
-#pragma GCC unroll 8
-                for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+                for (int i = 0; i < R * L; i++)
 #pragma GCC unroll 2
                     for (int half = 0; half < G::HALVES; half++)
 #pragma GCC unroll 4
                         for (int part = 0; part < kParts; part++)
-                            acc[t][r][half][part] = start_of<G>(x[r][limb], half);
-            dots<G, R, T>(codes, task.tile_step, x, limb, acc);
+                            acc[t][i][half][part] = start_of<G>(*x[i], half);
+            dots<G, R * L, T>(codes, task.tile_step, x, acc);
+#pragma GCC unroll 24
+            for (int at = 0; at < T * L * G::HALVES; at++) {  // the same order for any L
+                const int t = at / (L * G::HALVES), own = at / G::HALVES % L, half = at % G::HALVES;
+                const int64_t group = group_of<G>(block, half, shift) * kTile;
 #pragma GCC unroll 4
-            for (int t = 0; t < T; t++) {
-#pragma GCC unroll 2
-                for (int half = 0; half < G::HALVES; half++) {
-                    const int64_t at = group_of<G>(block, half, shift) * kTile;
-#pragma GCC unroll 4
-                    for (int part = 0; part < kParts; part++) {
-                        const V scale = load<V>(scales.scale[t] + at + W * part);
-                        V offset{};
-                        if (G::OFFSETS) offset = load<V>(scales.offset[t] + at + W * part);
+                for (int part = 0; part < kParts; part++) {
+                    const V scale = load<V>(scales.scale[t] + group + W * part);
+                    V offset{};
+                    if (G::OFFSETS) offset = load<V>(scales.offset[t] + group + W * part);
 #pragma GCC unroll 8
-                        for (int r = 0; r < R; r++) {
-                            const Block& own = x[r][limb];
-                            V sum = held[t][r][part];
-                            if (!kHeld) sum = load<V>(sum_at(t, r, part));
-                            sum += to_float(acc[t][r][half][part]) * (scale * own.scale);
-                            if (G::OFFSETS) sum += offset * own.total[slot<G>(half)];
-                            held[t][r][part] = sum;
-                            if (!kHeld) std::memcpy(sum_at(t, r, part), &sum, sizeof sum);
-                        }
+                    for (int r = 0; r < R; r++) {
+                        const int i = r * L + own;
+                        V sum = held[t][r][part];
+                        if (!kHeld) sum = load<V>(sum_at(t, r, part));
+                        sum += to_float(acc[t][i][half][part]) * (scale * x[i]->scale);
+                        if (G::OFFSETS) sum += offset * x[i]->total[slot<G>(half)];
+                        held[t][r][part] = sum;
+                        if (!kHeld) std::memcpy(sum_at(t, r, part), &sum, sizeof sum);
                     }
                 }
             }
+#pragma GCC unroll 16
+            for (int i = 0; i < R * L; i++) x[i] += L;
+        }
+        if constexpr (T == 1 && L > 1 && G::BITS == 4) {
+            if (row == 0)
+                for (int i = 0; i < G::BITS; i++)
+                    __builtin_prefetch(codes + kAhead + i * kLine, 0, 3);
         }
         codes += kTile * kBlock * G::BITS / 8;
         if constexpr (T > 1) {
@@ -383,8 +395,6 @@ void one_span(const Task& task, const Scales<T>& scales, int64_t row) {
                     __builtin_prefetch(task.ahead + ahead + t * task.tile_step + i * kLine, 0, 2);
             ahead += kLine * G::BITS;
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) x[r] += limbs;
     }
     if (kHeld)
         for (int t = 0; t < T; t++)
@@ -398,7 +408,17 @@ void one_span(const Task& task, const Scales<T>& scales, int64_t row) {
 // Takes R rows as often as they are there, the rest in smaller handfuls.
 template <typename G, int R, int T>
 void all_rows(const Task& task, const Scales<T>& scales, int64_t row) {
-    for (; task.count - row >= R; row += R) one_span<G, R, T>(task, scales, row);
+    // Few rows share weights with their limbs, as far as registers hold their sums.
+    constexpr bool kShared = T == 1 && R * kLimbs * G::HALVES * kParts <= kSums;
+    for (; task.count - row >= R; row += R) {
+        if constexpr (kShared) {
+            if (task.limbs == kLimbs) {
+                one_span<G, R, T, kLimbs>(task, scales, row);
+                continue;
+            }
+        }
+        one_span<G, R, T, 1>(task, scales, row);
+    }
     if constexpr (R > 1)
         if (row < task.count) all_rows<G, R - 1, T>(task, scales, row);
 }

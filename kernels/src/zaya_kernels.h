@@ -59,6 +59,12 @@ struct Options {
     int32_t reserved;
 };
 
+// Memory that zk_read reads, in lines of 64 bytes.
+struct Region {
+    const void* data;
+    int64_t bytes;
+};
+
 // One expert and the rows it receives: order[begin .. end).
 struct Run {
     Matrix gate;  // [hidden, width]

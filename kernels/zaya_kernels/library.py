@@ -15,7 +15,7 @@ import torch
 import zaya_kernels
 from zaya_quant import shared_library
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _ARM = platform.machine().lower() in ("aarch64", "arm64")
 ISAS = ("neon", "dotprod") if _ARM else ("base", "avx2", "avx512")
 
@@ -59,6 +59,12 @@ class Options(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
     )
+
+
+class Region(ctypes.Structure):
+    """``zk::Region``, field by field."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("bytes", ctypes.c_int64))
 
 
 class Run(ctypes.Structure):

@@ -12,7 +12,7 @@ import torch
 
 from cli.running import Run, Zaya
 from zaya_convert.bench import measure, report
-from zaya_convert.bench.decode import bytes_read
+from zaya_convert.bench.decode import Read
 from zaya_convert.models import open_model
 from zaya_convert.runtime.model import Model
 from zaya_kernels import library
@@ -29,7 +29,7 @@ def test_kernels(zaya: Zaya, tmp_path: Path) -> None:
     run = zaya("bench", "--kernels", "--small", "--rounds", 1, "--json", "--plot", page)
     assert run.code == 0, run.err
     cases = run.json()["kernels"]
-    assert len(cases) == 12
+    assert len(cases) == 15
     for case in cases:
         kinds = {figure["kind"] for figure in case["figures"]}
         names = [figure["name"] for figure in case["figures"]]
@@ -104,18 +104,26 @@ def test_llama_bench_as_a_peer(zaya: Zaya, artifact: Path, tmp_path: Path) -> No
 
 def test_bytes_of_a_token(artifact: Path) -> None:
     checkpoint = open_model(str(artifact))
-    model = Model(checkpoint, torch.bfloat16)
-    whole, expert = bytes_read(model.weights)
     config = checkpoint.config
-    assert expert == 3 * 2 * config.hidden * config.expert_width
+    weights = Read(Model(checkpoint, torch.bfloat16).weights)
+
+    def size(experts: list[int]) -> int:
+        regions = weights.of(experts)
+        assert len({start for start, _ in regions}) == len(regions)
+        return sum(length for _, length in regions)
+
     once = sum(
         info.numel * (4 if "balancing" in key.part else 2)
         for key, info in checkpoint.infos.items()
         if key.expert < 0 and (key.layer >= 0 or key.part == "embed_tokens.weight")
     )
-    assert whole == once
-    packed, _ = bytes_read(Model(checkpoint, torch.bfloat16, fast=True).weights)
-    assert packed < whole
+    skips = [config.experts] * config.layers
+    assert size(skips) == once
+    expert = 3 * 2 * config.hidden * config.expert_width
+    assert size([0, *skips[1:]]) == once + expert
+    assert size([config.experts - 1] * config.layers) == once + config.layers * expert
+    packed = Read(Model(checkpoint, torch.bfloat16, fast=True).weights)
+    assert sum(length for _, length in packed.of(skips)) < once
 
 
 def test_convert(zaya: Zaya, nano_hybrid: Path) -> None:

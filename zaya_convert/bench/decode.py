@@ -1,7 +1,8 @@
 """Generation on the CPU: how near to what memory allows, and llama.cpp beside it.
 
 Weights are packed and activations rounded to int8, as ``generate`` runs them. Every decode step is
-followed by a pure read of as many bytes as it reads weights; rounds take turns with llama.cpp's.
+followed by a pure read of the weights that it read, where they lie: some memory is faster than
+other. Rounds take turns with llama.cpp's.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from zaya_convert.bench.kernels import region
 from zaya_convert.bench.measure import seconds
 from zaya_convert.checkpoint import Checkpoint
 from zaya_convert.errors import InputError
 from zaya_convert.runtime.model import Model
 from zaya_convert.runtime.weights import Weights
-from zaya_kernels.library import load
+from zaya_kernels.library import Region, load
 
 _WARMING = 2  # steps of a round that are not counted
 
@@ -64,7 +66,7 @@ class Decoded:
         bytes_per_token: weights that a step reads, skipped layers left out.
         skipped: share of layers that the steps skipped.
         decode_best: of the fastest tenth of the steps.
-        read_seconds: a pure read of as many bytes; None without the native library.
+        read_seconds: a pure read of the same bytes; None without the native library.
         share: ``read_seconds`` of a step's time.
         by_blocks: decode without the native step; None when that was not measured.
         batches: decode of all sequences of a batch together, by its size.
@@ -114,8 +116,8 @@ def measure_decode(
         run.decode(1, plan.tokens)
         if plan.llama is not None:
             peers.append(_llama(plan.llama, checkpoint, plan))
-    steps, reads, used = run.steps, run.reads, torch.stack(run.used).float()
-    size = run.whole + int(float(used.sum()) / len(steps) * run.expert)
+    steps, reads = run.steps, run.reads
+    size, skips = round(statistics.mean(run.sizes)), statistics.mean(run.skips)
     step, read = statistics.median(steps), statistics.median(reads) if reads else None
     batches = {size: size / statistics.median(run.steps_of(size)) for size in plan.batches}
     blocks = run.by_blocks()
@@ -124,7 +126,7 @@ def measure_decode(
         name=checkpoint.path.name, dtype=str(dtype).removeprefix("torch."), threads=plan.threads,
         prompt=plan.prompt, tokens=plan.tokens, step=run.model.step_refusal or "native",
         loading=run.loading, resident_bytes=run.resident, peak_bytes=run.peak,
-        bytes_per_token=size, skipped=1 - float(used.mean()), decode=1 / step,
+        bytes_per_token=size, skipped=skips / checkpoint.config.layers, decode=1 / step,
         decode_best=1 / sorted(steps)[len(steps) // 10], gigabytes=size / step / 1e9,
         read_seconds=read, share=None if read is None else read / step,
         prefill=statistics.median(prefills), by_blocks=blocks, batches=batches,
@@ -146,12 +148,11 @@ class _Run:
         self.loading = time.perf_counter() - started
         self.resident = _resident_bytes()
         self.peak = max(_peak_bytes(), self.resident)  # the kernel counts late
-        self.whole, self.expert = bytes_read(self.model.weights)
-        most = self.whole + checkpoint.config.layers * self.expert
-        self._buffer = torch.ones(most, dtype=torch.uint8)
+        self.weights = Read(self.model.weights)
         self.steps: list[float] = []
         self.reads: list[float] = []
-        self.used: list[Tensor] = []
+        self.sizes: list[int] = []  # bytes that a step read
+        self.skips: list[int] = []  # layers of a step without an expert
 
     def prefill(self) -> float:
         """Tokens a second."""
@@ -164,7 +165,6 @@ class _Run:
         cache = cache.fork(batch)
         tokens = logits[:, -1].topk(batch).indices.view(batch, 1)  # each goes its own way
         taken: list[float] = []
-        library, _ = load()
         for index in range(_WARMING + count):
             started = time.perf_counter()
             output = model.forward(tokens, cache=cache, last_only=True)
@@ -174,16 +174,21 @@ class _Run:
                 continue
             taken.append(spent)
             if batch == 1:
-                self.used.append(output.routes[..., 0, 0] != model.config.experts)
-                size = self.whole + int(self.used[-1].sum()) * self.expert
-                if library is not None:
-                    read = partial(
-                        library.zk_read, self._buffer.data_ptr(), size, self.plan.threads
-                    )
-                    self.reads.append(seconds(read))
+                self._count(output.routes[..., 0, 0].tolist())
         if batch == 1:
             self.steps += taken
         return taken
+
+    def _count(self, experts: list[int]) -> None:
+        """Note what a step read, and read it once more."""
+        regions = self.weights.of(experts)
+        self.sizes.append(sum(size for _, size in regions))
+        self.skips.append(experts.count(self.model.config.experts))
+        library, _ = load()
+        if library is not None:
+            given = (Region * len(regions))(*regions)
+            read = partial(library.zk_read, given, len(regions), self.plan.threads)
+            self.reads.append(seconds(read))
 
     def steps_of(self, batch: int) -> list[float]:
         """Seconds of a batch's steps."""
@@ -195,9 +200,10 @@ class _Run:
             return None
         self.model.step_refusal, self.model._step = "not now", None  # pyright: ignore[reportPrivateUsage]
         try:
-            kept = len(self.steps), len(self.used), len(self.reads)
+            kept = len(self.steps)
             taken = self.decode(1, self.plan.blocks)
-            del self.steps[kept[0] :], self.used[kept[1] :], self.reads[kept[2] :]
+            for own in (self.steps, self.reads, self.sizes, self.skips):
+                del own[kept:]
         finally:
             self.model.step_refusal = ""
         return 1 / statistics.median(taken)
@@ -206,23 +212,33 @@ class _Run:
         self.model.forward(ids, cache=self.model.new_cache(), last_only=True)
 
 
-def bytes_read(weights: Weights) -> tuple[int, int]:
-    """(bytes that every token reads, bytes of one expert: the mean over all).
+class Read:
+    """Where the weights lie that a token reads.
 
-    Of the embedding a token reads one row, unless the head is the same matrix.
+    Of the embedding that is one row, which does not count, unless the head is the same matrix.
     """
-    config = weights.checkpoint.config
-    layers = [weights.layer(index).values() for index in range(config.layers)]
-    head = weights.packed_head()
-    last = [head] if head is not None else [block for _, block in weights.head_blocks()]
-    whole = sum(part.nbytes for layer in layers for part in layer)
-    whole += sum(matrix.nbytes for matrix in last)
-    experts = [
-        sum(getattr(matrix, "nbytes", 0) for matrix in weights.expert(layer, expert))
-        for layer in range(config.layers)
-        for expert in range(config.experts)
-    ]
-    return whole, sum(experts) // len(experts)
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        layers = range(weights.checkpoint.config.layers)
+        head = weights.packed_head()
+        last = [head] if head is not None else [block for _, block in weights.head_blocks()]
+        self._whole = [*(part for layer in layers for part in weights.layer(layer).values()), *last]
+
+    def of(self, experts: Sequence[int]) -> list[tuple[int, int]]:
+        """(address, bytes) of every matrix.
+
+        Args:
+            experts: the token's in each layer; a skip reads nothing.
+        """
+        count = self._weights.checkpoint.config.experts
+        chosen = [
+            matrix
+            for layer, expert in enumerate(experts)
+            if expert < count
+            for matrix in self._weights.expert(layer, expert)
+        ]
+        return [region(weight) for weight in (*self._whole, *chosen)]
 
 
 def _llama(folder: Path, checkpoint: Checkpoint, plan: Plan) -> tuple[float, float]:

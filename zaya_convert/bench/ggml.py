@@ -83,25 +83,30 @@ class Libraries:
         base.ggml_log_set(_SILENT, None)
         self._plain = base.ggml_backend_get_default_buffer_type(cpu.ggml_backend_cpu_init())
 
-    def products(self, kind: str, rows: int, x: Tensor, threads: int) -> Iterator[tuple[str, Call]]:
-        """``x @ weight.T`` on a matrix of a block type: as it is stored, and repacked.
+    def products(
+        self, kind: str, rows: int, count: int, x: Tensor, threads: int
+    ) -> Iterator[tuple[str, list[Call]]]:
+        """``x @ weight.T`` on matrices of a block type: as they are stored, and repacked.
 
         Args:
             kind: "Q4_0", "Q4_K" or "Q8_0".
             rows: outputs.
+            count: matrices, each with a call of its own.
             x: [n, in] fp32.
         """
         base = self._base
         for name, place in self._places(kind):
-            held = base.ggml_init(_InitParams(_HEADROOM, None, True))
-            weight = base.ggml_new_tensor_2d(held, _TYPES[kind], x.shape[1], rows)
-            self._fill(held, [weight], place)
-            passing = base.ggml_init(_InitParams(_HEADROOM, None, True))
-            inputs = base.ggml_new_tensor_2d(passing, _F32, x.shape[1], x.shape[0])
-            output = base.ggml_mul_mat(passing, weight, inputs)
-            compute = self._graph(passing, output, threads)
-            self._set(inputs, x.float())
-            yield name, compute
+            calls: list[Call] = []
+            for _ in range(count):
+                held = base.ggml_init(_InitParams(_HEADROOM, None, True))
+                weight = base.ggml_new_tensor_2d(held, _TYPES[kind], x.shape[1], rows)
+                self._fill(held, [weight], place)
+                passing = base.ggml_init(_InitParams(_HEADROOM, None, True))
+                inputs = base.ggml_new_tensor_2d(passing, _F32, x.shape[1], x.shape[0])
+                output = base.ggml_mul_mat(passing, weight, inputs)
+                calls.append(self._graph(passing, output, threads))
+                self._set(inputs, x.float())
+            yield name, calls
 
     def experts(
         self, kind: str, count: int, x: Tensor, threads: int

@@ -8,7 +8,9 @@ torch's, fp32 or int8, measured beside it.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +21,9 @@ from torch import Tensor
 from zaya_convert.bench import ggml, peers
 from zaya_convert.bench.measure import CEILING, PEER, Call, Case, Contender
 from zaya_kernels import native, table
-from zaya_kernels.library import library
-from zaya_kernels.packed import PackedWeight, pack
-from zaya_kernels.reference import Expert
+from zaya_kernels.library import Region, library
+from zaya_kernels.packed import PackedWeight, pack, packed_bytes
+from zaya_kernels.reference import Expert, Weight
 from zaya_kernels.request import Request
 from zaya_quant.qtensor import QuantTensor
 from zaya_quant.spec import QuantSpec
@@ -64,7 +66,8 @@ def cases(sizes: Sizes, threads: int, llama: Path | None = None) -> Iterator[Cas
     ceilings = dense_products(sizes.dense)
     for spec in SPECS:
         yield experts_decode(spec, sizes, threads, libraries)
-        yield head_decode(spec, sizes, threads, libraries)
+        for rows in (2 * sizes.width, sizes.head_rows):
+            yield linear_decode(spec, rows, sizes, threads, libraries)
         yield experts_prefill(spec, sizes, threads, ceilings, libraries)
         yield linear_prefill(spec, sizes, threads, ceilings, libraries)
 
@@ -76,14 +79,17 @@ def random_weight(rows: int, columns: int, spec: QuantSpec) -> QuantTensor:
     return QuantTensor(codes, scales.half(), None, spec)
 
 
-def read(weights: Sequence[PackedWeight], threads: int) -> Call:
-    """A call that only reads the bytes of some matrices."""
+def read(weights: Sequence[Weight], threads: int) -> Call:
+    """A call that only reads the bytes of some matrices, one after the other."""
+    regions = (Region * len(weights))(*(region(weight) for weight in weights))
+    return partial(library().zk_read, regions, len(weights), threads)
 
-    def call() -> None:
-        for weight in weights:
-            library().zk_read(weight.matrix.data, weight.nbytes, threads)
 
-    return call
+def region(weight: Weight) -> tuple[int, int]:
+    """Where the bytes of a matrix are, packed or float, and how many."""
+    data = weight.data if isinstance(weight, PackedWeight) else weight
+    assert isinstance(data, Tensor)
+    return data.data_ptr(), data.nbytes
 
 
 def experts_decode(
@@ -108,20 +114,32 @@ def experts_decode(
     return Case(name, each, 2 * 3 * sizes.width**2, [*contenders, *found], notes)
 
 
-def packed_rows(spec: QuantSpec, rows: int, columns: int) -> PackedWeight:
-    """A matrix of many rows: those of a small one again and again, as their bytes are."""
+def packed_rows(spec: QuantSpec, rows: int, columns: int, count: int = 1) -> list[PackedWeight]:
+    """Matrices of many rows: those of a small one again and again, as their bytes are.
+
+    One lies behind the other in large pages, as in the files that the runtime maps.
+    """
     few = math.gcd(rows, _ROWS)
     one = pack(random_weight(few, columns, spec))
-    return PackedWeight((rows, columns), spec, False, one.data.repeat(rows // few))
+    times = rows // few
+    memory = _memory(count * times * one.nbytes).view(count, times, one.nbytes)
+    memory.copy_(one.data)
+    return [PackedWeight((rows, columns), spec, False, own.view(-1)) for own in memory]
+
+
+def _memory(size: int) -> Tensor:
+    """Fresh memory, uint8 [size], in large pages where there are such."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def packed_experts(spec: QuantSpec, width: int, count: int) -> list[list[PackedWeight]]:
     """Gate, up and down of some experts: the same codes, each in memory of its own."""
-    one = pack(random_weight(width, width, spec))
-    return [
-        [PackedWeight(one.shape, spec, False, one.data.clone()) for _ in range(3)]
-        for _ in range(count)
-    ]
+    matrices = packed_rows(spec, width, width, 3 * count)
+    return [matrices[3 * index : 3 * index + 3] for index in range(count)]
 
 
 def _experts_of(
@@ -136,17 +154,24 @@ def _over(matrix: PackedWeight, name: str) -> PackedWeight:
     return PackedWeight(matrix.shape, matrix.spec, name == "native_fast", matrix.data)
 
 
-def head_decode(
-    spec: QuantSpec, sizes: Sizes, threads: int, libraries: ggml.Libraries | None
+def linear_decode(
+    spec: QuantSpec, rows: int, sizes: Sizes, threads: int, libraries: ggml.Libraries | None
 ) -> Case:
-    """One token by a matrix larger than caches."""
-    rows = sizes.head_rows
+    """One token by one matrix after another, or by a single one that is larger than caches."""
     x = torch.randn(1, sizes.width)
-    contenders, packed = _linears(spec, rows, x)
-    contenders.append(Contender("read of the same bytes", [read([packed], threads)], CEILING))
-    found, notes = _linear_peers(spec, rows, x, threads, libraries)
-    name = f"head {rows} × {sizes.width}, 1 token, {_label(spec)}"
-    return Case(name, packed.nbytes, 2 * rows * sizes.width, [*contenders, *found], notes)
+    each = packed_bytes((rows, sizes.width), spec)
+    head = rows == sizes.head_rows
+    count = 1 if head else max(2, -(-sizes.rotated_bytes // each))
+    contenders, packed = _linears(spec, rows, count, x)
+    contenders.append(
+        Contender("read of the same bytes", [read([one], threads) for one in packed], CEILING)
+    )
+    found, notes = _linear_peers(spec, rows, count, x, threads, libraries)
+    what = "head" if head else "linear"
+    name = f"{what} {rows} × {sizes.width}, 1 token, {_label(spec)}"
+    if not head:
+        name += f", {count} matrices in turn"
+    return Case(name, each, 2 * rows * sizes.width, [*contenders, *found], notes)
 
 
 def experts_prefill(
@@ -180,11 +205,11 @@ def linear_prefill(
 ) -> Case:
     """Many tokens by one matrix."""
     rows, x = 2 * sizes.width, torch.randn(sizes.tokens, sizes.width)
-    contenders, packed = _linears(spec, rows, x)
-    found, notes = _linear_peers(spec, rows, x, threads, libraries)
+    contenders, packed = _linears(spec, rows, 1, x)
+    found, notes = _linear_peers(spec, rows, 1, x, threads, libraries)
     name = f"linear {rows} × {sizes.width}, {sizes.tokens} tokens, {_label(spec)}"
     operations = 2 * sizes.tokens * rows * sizes.width
-    return Case(name, packed.nbytes, operations, [*contenders, *found, *ceilings], notes)
+    return Case(name, packed[0].nbytes, operations, [*contenders, *found, *ceilings], notes)
 
 
 def dense_products(edge: int) -> list[Contender]:
@@ -209,10 +234,12 @@ def _bodies(op: str, spec: QuantSpec) -> list[table.Row]:
     return [row for row in table.OPS[op] if row.name in NATIVE and row.refusal(request) is None]
 
 
-def _linears(spec: QuantSpec, rows: int, x: Tensor) -> tuple[list[Contender], PackedWeight]:
-    packed = packed_rows(spec, rows, x.shape[1])
+def _linears(
+    spec: QuantSpec, rows: int, count: int, x: Tensor
+) -> tuple[list[Contender], list[PackedWeight]]:
+    packed = packed_rows(spec, rows, x.shape[1], count)
     made = [
-        Contender(row.name, [partial(native.linear, x, _over(packed, row.name))])
+        Contender(row.name, [partial(native.linear, x, _over(one, row.name)) for one in packed])
         for row in _bodies("linear", spec)
     ]
     return made, packed
@@ -247,24 +274,31 @@ def _ggml_types(spec: QuantSpec, x: Tensor) -> list[str]:
 
 
 def _linear_peers(
-    spec: QuantSpec, rows: int, x: Tensor, threads: int, libraries: ggml.Libraries | None
+    spec: QuantSpec,
+    rows: int,
+    count: int,
+    x: Tensor,
+    threads: int,
+    libraries: ggml.Libraries | None,
 ) -> tuple[list[Contender], list[str]]:
     found: list[Contender] = []
     notes: list[str] = []
-    if peers.has_onnxruntime():
+    if count > 1:
+        notes.append("onnxruntime MatMulNBits: a session for each matrix would be threads for each")
+    elif peers.has_onnxruntime():
         call = peers.matmul_nbits(spec.bits, spec.group_size, rows, x, threads)
         found.append(Contender("onnxruntime MatMulNBits", [call], PEER))
     else:
         notes.append("onnxruntime MatMulNBits: not installed (extra: onnx)")
     try:
-        name, call = peers.torch_packed(spec.bits, spec.group_size, rows, x)
-        call()
-        found.append(Contender(name, [call], PEER))
+        name, calls = peers.torch_packed(spec.bits, spec.group_size, rows, count, x)
+        calls[0]()
+        found.append(Contender(name, calls, PEER))
     except (RuntimeError, AttributeError) as error:
         notes.append(f"torch int{spec.bits}pack: {str(error).splitlines()[0]}")
     for kind in _ggml_types(spec, x):
-        for name, call in libraries.products(kind, rows, x, threads) if libraries else ():
-            found.append(Contender(name, [call], PEER))
+        for name, own in libraries.products(kind, rows, count, x, threads) if libraries else ():
+            found.append(Contender(name, own, PEER))
     return found, notes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,24 +89,32 @@ def matmul_nbits(bits: int, group: int, rows: int, x: Tensor, threads: int) -> C
     return lambda: session.run(None, feed)
 
 
-def torch_packed(bits: int, group: int, rows: int, x: Tensor) -> tuple[str, Call]:
+def torch_packed(bits: int, group: int, rows: int, count: int, x: Tensor) -> tuple[str, list[Call]]:
     """torch's own products on packed weights, in bf16; with 8 bits, a scale for each row.
+
+    Args:
+        count: matrices, each with a call of its own.
 
     Raises:
         RuntimeError: this build of torch has no such kernel.
     """
     columns, narrow = x.shape[1], x.bfloat16()
     aten = torch.ops.aten
+    times = -(-rows // _FEW)
     if bits == 8:
         codes = torch.randint(-128, 128, (_FEW, columns), dtype=torch.int8)
-        codes = codes.repeat(-(-rows // _FEW), 1)[:rows]
         scales = torch.full((rows,), 1e-3, dtype=torch.bfloat16)
-        return "torch int8pack", lambda: aten._weight_int8pack_mm(narrow, codes, scales)
-    codes = torch.randint(0, 16, (_FEW, columns), dtype=torch.int32)
-    codes = codes.repeat(-(-rows // _FEW), 1)[:rows]
+        bank = [codes.repeat(times, 1)[:rows] for _ in range(count)]
+        return "torch int8pack", [
+            partial(aten._weight_int8pack_mm, narrow, own, scales) for own in bank
+        ]
+    codes = torch.randint(0, 16, (_FEW, columns), dtype=torch.int32).repeat(times, 1)[:rows]
     packed = aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     scales = torch.full((columns // group, rows, 2), 1e-3, dtype=torch.bfloat16)
-    return "torch int4pack", lambda: aten._weight_int4pack_mm_for_cpu(narrow, packed, group, scales)
+    return "torch int4pack", [
+        partial(aten._weight_int4pack_mm_for_cpu, narrow, packed.clone(), group, scales)
+        for _ in range(count)
+    ]
 
 
 def _session(
