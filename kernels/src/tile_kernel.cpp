@@ -319,12 +319,13 @@ ZK_INLINE I start_of(const Block& x, int half) {
     return G::kWide ? start << 4 : start;
 }
 
-// L: limbs that share a load of weights, one after the other else.
-template <typename G, int R, int T, int L>
+// L: limbs that share a load of weights; TURNS: how often so many are taken.
+template <typename G, int R, int T, int L, int TURNS>
 void one_span(const Task& task, const Scales<T>& scales, int64_t row) {
     constexpr bool kHeld = T * R * kParts <= 8;  // sums in registers, else in L1
     const Block* x[R * L];
-    const int64_t limbs = task.limbs, row_blocks = task.rows.columns / kBlock * limbs;
+    constexpr int64_t limbs = L * TURNS;
+    const int64_t row_blocks = task.rows.columns / kBlock * limbs;
 #pragma GCC unroll 16
     for (int i = 0; i < R * L; i++)
         x[i] = task.rows.blocks + (task.first + row + i / L) * row_blocks +
@@ -347,7 +348,7 @@ void one_span(const Task& task, const Scales<T>& scales, int64_t row) {
     const int64_t line = row / R * each, last_line = std::min<int64_t>(line + each, G::BITS);
     int64_t ahead = 0;  // bytes from task.ahead
     for (int64_t block = 0; block < task.columns / kBlock; block++) {
-        for (int64_t limb = 0; limb < limbs; limb += L) {
+        for (int turn = 0; turn < TURNS; turn++) {
             I acc[T][R * L][G::HALVES][kParts];
 #pragma GCC unroll 4
             for (int t = 0; t < T; t++)
@@ -410,14 +411,10 @@ template <typename G, int R, int T>
 void all_rows(const Task& task, const Scales<T>& scales, int64_t row) {
     // Few rows share weights with their limbs, as far as registers hold their sums.
     constexpr bool kShared = T == 1 && R * kLimbs * G::HALVES * kParts <= kSums;
+    constexpr int L = kShared ? kLimbs : 1;
     for (; task.count - row >= R; row += R) {
-        if constexpr (kShared) {
-            if (task.limbs == kLimbs) {
-                one_span<G, R, T, kLimbs>(task, scales, row);
-                continue;
-            }
-        }
-        one_span<G, R, T, 1>(task, scales, row);
+        if (task.limbs == 1) one_span<G, R, T, 1, 1>(task, scales, row);
+        else one_span<G, R, T, L, kLimbs / L>(task, scales, row);
     }
     if constexpr (R > 1)
         if (row < task.count) all_rows<G, R - 1, T>(task, scales, row);
