@@ -113,8 +113,8 @@ def moe_ffn(
     # Lists: tensors would take longer to sort a few rows than those take to compute.
     chosen: list[int] = ids.tolist()
     if len(chosen) == 1 and chosen[0] >= 0:  # what follows would be a tenth of such a call
-        packed = [_packed(matrix, fast) for matrix in experts(chosen[0])]
-        if None not in packed:
+        packed = _all_packed(experts(chosen[0]), fast)
+        if packed is not None:
             out = torch.empty_like(x, dtype=torch.float32)
             _run([(packed, 0, 1)], _FIRST, _floats(x), _floats(weights), out, isa)
             return out if x.dtype == torch.float32 else out.to(x.dtype)
@@ -128,11 +128,11 @@ def moe_ffn(
             skipped = end
             continue
         matrices = experts(expert)
-        packed = [p for p in (_packed(matrix, fast) for matrix in matrices) if p is not None]
-        if len(packed) == len(matrices):
-            found.append((packed, begin, end))
-        else:
+        packed = _all_packed(matrices, fast)
+        if packed is None:
             others[expert] = matrices
+        else:
+            found.append((packed, begin, end))
     if others:  # rare: some layers of some recipes
         taken = torch.tensor(sorted(others))
         out = reference.moe_ffn(
@@ -174,6 +174,16 @@ def _packed(weight: Weight, fast: bool) -> PackedWeight | None:
     if isinstance(weight, PackedWeight):
         return weight
     return pack(weight, fast) if isinstance(weight, Quantized) else None
+
+
+def _all_packed(expert: Expert, fast: bool) -> list[PackedWeight] | None:
+    found: list[PackedWeight] = []
+    for matrix in expert:
+        packed = _packed(matrix, fast)
+        if packed is None:
+            return None
+        found.append(packed)
+    return found
 
 
 _Found = tuple[Sequence[PackedWeight], int, int]
