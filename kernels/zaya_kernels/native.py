@@ -92,7 +92,7 @@ def linear(
         ctypes.byref(options(packed.fast, isa)),
     )
     check(status)
-    return out if x.dtype == torch.float32 else out.to(x.dtype)
+    return out.to(x.dtype)
 
 
 def moe_ffn(
@@ -110,20 +110,11 @@ def moe_ffn(
     """
     if x.ndim != 2 or not len(x) == len(ids) == weights.numel():
         raise ValueError(f"{len(ids)} ids and {weights.numel()} weights for x {list(x.shape)}")
-    # Lists: tensors would take longer to sort a few rows than those take to compute.
-    chosen: list[int] = ids.tolist()
-    if len(chosen) == 1 and chosen[0] >= 0:  # what follows would be a tenth of such a call
-        packed = _all_packed(experts(chosen[0]), fast)
-        if packed is not None:
-            out = torch.empty_like(x, dtype=torch.float32)
-            _run([(packed, 0, 1)], _FIRST, _floats(x), _floats(weights), out, isa)
-            return out if x.dtype == torch.float32 else out.to(x.dtype)
-    order = sorted(range(len(chosen)), key=chosen.__getitem__)
+    order, runs = _by_expert(ids.tolist())
     found: list[_Found] = []
     others: dict[int, Expert] = {}
-    skipped = end = 0
-    for expert, rows in groupby(order, key=chosen.__getitem__):
-        begin, end = end, end + len(list(rows))
+    skipped = 0
+    for expert, begin, end in runs:
         if expert < 0:
             skipped = end
             continue
@@ -142,10 +133,9 @@ def moe_ffn(
         out = torch.empty(x.shape)
         if skipped:
             out[order[:skipped]] = 0
-    rows_in_order = (ctypes.c_int64 * len(order))(*order)
     for group in _alike(found):
-        _run(group, rows_in_order, _floats(x), _floats(weights), out, isa)
-    return out if x.dtype == torch.float32 else out.to(x.dtype)
+        _run(group, order, _floats(x), _floats(weights), out, isa)
+    return out.to(x.dtype)
 
 
 def embedding(ids: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -155,7 +145,6 @@ def embedding(ids: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     return weight.rows(ids).to(dtype)
 
 
-_FIRST = (ctypes.c_int64 * 1)(0)
 linear_fast = partial(linear, fast=True)
 moe_ffn_fast = partial(moe_ffn, fast=True)
 
@@ -174,6 +163,25 @@ def _packed(weight: Weight, fast: bool) -> PackedWeight | None:
     if isinstance(weight, PackedWeight):
         return weight
     return pack(weight, fast) if isinstance(weight, Quantized) else None
+
+
+_FIRST = (ctypes.c_int64 * 1)(0)
+
+
+def _by_expert(
+    chosen: Sequence[int],
+) -> tuple[ctypes.Array[ctypes.c_int64], list[tuple[int, int, int]]]:
+    """Rows in the order of their experts, and of each expert (expert, begin, end) in that order."""
+    if len(chosen) == 1:  # what follows would take microseconds
+        return _FIRST, [(chosen[0], 0, 1)]
+    # Lists: tensors would take longer to sort a few rows than those take to compute.
+    order = sorted(range(len(chosen)), key=chosen.__getitem__)
+    runs: list[tuple[int, int, int]] = []
+    end = 0
+    for expert, rows in groupby(order, key=chosen.__getitem__):
+        begin, end = end, end + len(list(rows))
+        runs.append((expert, begin, end))
+    return (ctypes.c_int64 * len(order))(*order), runs
 
 
 def _all_packed(expert: Expert, fast: bool) -> list[PackedWeight] | None:

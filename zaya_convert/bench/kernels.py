@@ -8,9 +8,7 @@ torch's, fp32 or int8, measured beside it.
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from zaya_convert.bench import ggml, peers
 from zaya_convert.bench.measure import CEILING, PEER, Call, Case, Contender
+from zaya_convert.runtime.mapping import fresh
 from zaya_kernels import native, table
 from zaya_kernels.library import Region, library
 from zaya_kernels.packed import PackedWeight, pack, packed_bytes
@@ -122,18 +121,9 @@ def packed_rows(spec: QuantSpec, rows: int, columns: int, count: int = 1) -> lis
     few = math.gcd(rows, _ROWS)
     one = pack(random_weight(few, columns, spec))
     times = rows // few
-    memory = _memory(count * times * one.nbytes).view(count, times, one.nbytes)
+    memory = fresh(count * times * one.nbytes).view(count, times, one.nbytes)
     memory.copy_(one.data)
     return [PackedWeight((rows, columns), spec, False, own.view(-1)) for own in memory]
-
-
-def _memory(size: int) -> Tensor:
-    """Fresh memory, uint8 [size], in large pages where there are such."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def packed_experts(spec: QuantSpec, width: int, count: int) -> list[list[PackedWeight]]:
