@@ -20,7 +20,7 @@ int32_t zk_best_isa();
 int64_t zk_packed_bytes(const Matrix*);
 void zk_pack(const Matrix*, const Source*, int32_t threads);
 void zk_unpack_rows(const Matrix*, const int64_t* rows, int64_t count, float* out);
-uint64_t zk_read(const Region*, int64_t count, int32_t threads);
+uint32_t zk_read(const Region*, int64_t count, int32_t threads);
 int32_t zk_linear(const Matrix*, const float* x, int64_t count, const float* bias, float* out,
                   const Options*);
 int32_t zk_moe_ffn(const Run*, int64_t count, const int64_t* order, const float* x,

@@ -189,27 +189,21 @@ ZK_EXPORT void zk_unpack_rows(const zk::Matrix* matrix, const int64_t* rows, int
 
 // Reads whole lines of regions, one after the other as the kernels do, and nothing else: what
 // benchmarks divide by.
-ZK_EXPORT uint64_t zk_read(const zk::Region* regions, int64_t count, int32_t threads) {
-    typedef uint64_t Line __attribute__((vector_size(64)));
-    std::atomic<uint64_t> result{0};
+ZK_EXPORT uint32_t zk_read(const zk::Region* regions, int64_t count, int32_t threads) {
+    const zk::Kernels kernels = zk::kernels_of(zk::best_isa());
+    std::atomic<uint32_t> result{0};
     int64_t lines = 0;
-    for (int64_t i = 0; i < count; i++) lines += regions[i].bytes / 64;
+    for (int64_t i = 0; i < count; i++) lines += regions[i].bytes / zk::kLine;
     zk::Team team(threads);
     team.run(lines, zk::kAnything, [&](int64_t begin, int64_t end) {
-        Line sum[2] = {};
         int64_t first = 0;  // line of the region
         for (const zk::Region* region = regions; first < end; region++) {
-            const int64_t next = first + region->bytes / 64;
-            const char* from = static_cast<const char*>(region->data);
-            for (int64_t i = std::max(begin, first); i < std::min(end, next); i++) {
-                Line line;
-                std::memcpy(&line, from + 64 * (i - first), sizeof line);
-                sum[i % 2] ^= line;
-            }
+            const int64_t next = first + region->bytes / zk::kLine;
+            const int64_t from = std::max(begin, first), to = std::min(end, next);
+            const auto data = static_cast<const uint8_t*>(region->data);
+            if (from < to) result ^= kernels.read(data + (from - first) * zk::kLine, to - from);
             first = next;
         }
-        const Line both = sum[0] ^ sum[1];
-        for (int lane = 0; lane < 8; lane++) result ^= both[lane];
     });
     return result;
 }

@@ -78,12 +78,11 @@ void down(const Kernels& kernels, bool fast, const Run& run, int64_t begin, int6
 }  // namespace
 
 int64_t rows_bytes(int64_t count, int64_t columns, bool fast) {
-    const int64_t blocks = count * padded(columns) / kBlock * limbs_of(fast);
-    return blocks * static_cast<int64_t>(sizeof(Block));
+    return count * padded(columns) / kBlock * block_bytes(fast);
 }
 
 Rows place_rows(char* memory, int64_t columns) {
-    return {reinterpret_cast<Block*>(memory), padded(columns)};
+    return {memory, padded(columns)};
 }
 
 int threads_for(const Options& options, int64_t bytes) {

@@ -24,16 +24,16 @@ typedef uint8_t Z __attribute__((vector_size(W)));
 
 constexpr int kParts = kTile / W;
 
-// What registers hold without spilling: rows of activations, tiles once there are so many rows, and
-// sums of one tile.
+// What registers hold without spilling: rows of one limb, tiles once there are so many rows, and
+// sums of limbs of one tile.
 #if defined(__AVX512F__)
-constexpr int kRows = 4, kTiles = 4, kSums = 12;
+constexpr int kFastRows = 4, kTiles = 4, kSums = 12;
 #elif defined(__AVX2__)
-constexpr int kRows = 2, kTiles = 1, kSums = 6;
+constexpr int kFastRows = 2, kTiles = 1, kSums = 6;
 #elif defined(__ARM_NEON)
-constexpr int kRows = 4, kTiles = 1, kSums = 12;
+constexpr int kFastRows = 4, kTiles = 1, kSums = 12;
 #else
-constexpr int kRows = 1, kTiles = 1, kSums = 0;
+constexpr int kFastRows = 1, kTiles = 1, kSums = 0;
 #endif
 
 // How numbers are stored, as far as it changes a loop.
@@ -61,6 +61,14 @@ constexpr bool kSigned = false;
 template <bool WIDE>
 ZK_INLINE I dot(I acc, U w, int32_t x) {
     return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
+}
+// One instruction, which gcc does not see: the fewer there are, the further the processor looks
+// ahead, and the earlier it asks for weights.
+template <bool WIDE>
+ZK_INLINE I dot_once(I acc, U w, const int8_t* x) {
+    asm("vpdpbusd %1%{1to16%}, %2, %0"
+        : "+v"(acc) : "m"(*reinterpret_cast<const int8_t(*)[4]>(x)), "v"(w));
+    return acc;
 }
 ZK_INLINE V widen_half(const void* from) {
     return (V)_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
@@ -161,6 +169,10 @@ ZK_INLINE U look_up(U nibbles) {
 }
 #endif
 
+#if !defined(__AVX512F__)
+template <bool WIDE>
+ZK_INLINE I dot_once(I acc, U w, const int8_t* x) { return dot<WIDE>(acc, w, load<int32_t>(x)); }
+#endif
 #if defined(__AVX512F__) || !defined(__AVX2__)
 ZK_INLINE void store_narrow(I x, int8_t* to) {
     const B narrow = __builtin_convertvector(x, B);
@@ -257,7 +269,6 @@ struct Task {
     int64_t count;    // of rows
     int64_t start;    // column
     int64_t columns;  // of the span
-    int64_t limbs;    // of rows
     const uint8_t* codes;  // of the first tile
     int64_t tile_step;     // bytes from tile to tile
     float* out;            // [tiles, count, 16], added to
@@ -270,12 +281,10 @@ ZK_INLINE int64_t group_of(int64_t block, int half, int shift) {
     return G::HALVES == 2 ? 2 * block + half : block >> shift;
 }
 
-ZK_INLINE int32_t word(const int8_t* codes) { return load<int32_t>(codes); }
-
-// Adds to acc the dot products of a block's codes with those of each of R blocks of activations.
-template <typename G, int R, int T>
-ZK_INLINE void dots(const uint8_t* codes, int64_t tile_step, const Block* const* x,
-                    I (*acc)[R][G::HALVES][kParts]) {
+// Adds to acc the dot products of a block's codes with those of each limb of R blocks of activations.
+template <typename G, int R, int T, int L>
+ZK_INLINE void dots(const uint8_t* codes, int64_t tile_step, const Block<L>* const* x,
+                    I (*acc)[R * L][G::HALVES][kParts]) {
 #pragma GCC unroll 8
     for (int i = 0; i < G::kWords; i++) {
         const int half = G::HALVES == 2 ? 2 * i / G::kWords : 0;
@@ -294,12 +303,13 @@ ZK_INLINE void dots(const uint8_t* codes, int64_t tile_step, const Block* const*
                     if (G::LEVELS) bytes[t] = look_up(bytes[t]);
                 }
 #pragma GCC unroll 16
-                for (int r = 0; r < R; r++) {
-                    const int32_t own = word(x[r]->codes + 4 * (G::kQuads * i + quad));
+                for (int r = 0; r < R * L; r++) {
+                    const int8_t* own = x[r / L]->codes[r % L] + 4 * (G::kQuads * i + quad);
 #pragma GCC unroll 4
                     for (int t = 0; t < T; t++) {
                         I& sum = acc[t][r][half][part];
-                        sum = dot<G::kWide>(sum, bytes[t], own);
+                        sum = T == 1 ? dot_once<G::kWide>(sum, bytes[t], own)
+                                     : dot<G::kWide>(sum, bytes[t], load<int32_t>(own));
                     }
                 }
             }
@@ -307,29 +317,38 @@ ZK_INLINE void dots(const uint8_t* codes, int64_t tile_step, const Block* const*
     }
 }
 
-// Which of Block's numbers is about `half`.
-template <typename G>
-constexpr int slot(int half) { return G::HALVES == 2 ? 1 + half : 0; }
-
 // What takes the center of the codes off, unless `dot` has done so.
-template <typename G>
-ZK_INLINE I start_of(const Block& x, int half) {
-    if (G::kWide && kSigned) return I{};
-    const I start = I{} + x.start[slot<G>(half)];
+template <typename G, int L>
+ZK_INLINE I start_of(const Block<L>& x, int limb, int half) {
+    if ((G::kWide && kSigned) || (limb > 0 && limb < L - 1)) return I{};
+    const int32_t* own = x.start[limb > 0];
+    const I start = I{} + (G::HALVES == 1 ? own[0] : half == 0 ? own[1] : own[0] - own[1]);
     return G::kWide ? start << 4 : start;
 }
 
-// L: limbs that share a load of weights; TURNS: how often so many are taken.
-template <typename G, int R, int T, int L, int TURNS>
+// The sum of the limbs' sums, in units of the last: as integers where that stays below 31 bits, as
+// it does for all three limbs of 4-bit codes (8 * 127 * 32 * 254^2) and for the last two of wide ones.
+template <typename G, int L, typename Sum>
+ZK_INLINE V joined(Sum sum) {
+    constexpr int kFirst = G::kWide && L > 1 ? 1 : 0;
+    I all = sum(kFirst);
+#pragma GCC unroll 4
+    for (int limb = kFirst + 1; limb < L; limb++) {
+        const U before = (U)all;
+        all = (I)((before << 8) - (before << 1)) + sum(limb);
+    }
+    static_assert(kLimb == 256 - 2, "what is shifted");
+    return kFirst ? to_float(all) + to_float(sum(0)) * float{kLimb * kLimb} : to_float(all);
+}
+
+// R rows of activations of L limbs by T tiles.
+template <typename G, int R, int T, int L>
 void one_span(const Task& task, const Scales<T>& scales, int64_t row) {
     constexpr bool kHeld = T * R * kParts <= 8;  // sums in registers, else in L1
-    const Block* x[R * L];
-    constexpr int64_t limbs = L * TURNS;
-    const int64_t row_blocks = task.rows.columns / kBlock * limbs;
-#pragma GCC unroll 16
-    for (int i = 0; i < R * L; i++)
-        x[i] = task.rows.blocks + (task.first + row + i / L) * row_blocks +
-               task.start / kBlock * limbs + i % L;
+    const Block<L>* x[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+        x[r] = task.rows.row<L>(task.first + row + r) + task.start / kBlock;
     const auto sum_at = [&](int t, int r, int part) {
         return task.out + (t * task.count + row + r) * kTile + W * part;
     };
@@ -348,47 +367,42 @@ void one_span(const Task& task, const Scales<T>& scales, int64_t row) {
     const int64_t line = row / R * each, last_line = std::min<int64_t>(line + each, G::BITS);
     int64_t ahead = 0;  // bytes from task.ahead
     for (int64_t block = 0; block < task.columns / kBlock; block++) {
-        for (int turn = 0; turn < TURNS; turn++) {
-            I acc[T][R * L][G::HALVES][kParts];
+        I acc[T][R * L][G::HALVES][kParts];
 #pragma GCC unroll 4
-            for (int t = 0; t < T; t++)
+        for (int t = 0; t < T; t++)
 #pragma GCC unroll 16
-                for (int i = 0; i < R * L; i++)
+            for (int i = 0; i < R * L; i++)
 #pragma GCC unroll 2
-                    for (int half = 0; half < G::HALVES; half++)
+                for (int half = 0; half < G::HALVES; half++)
 #pragma GCC unroll 4
-                        for (int part = 0; part < kParts; part++)
-                            acc[t][i][half][part] = start_of<G>(*x[i], half);
-            dots<G, R * L, T>(codes, task.tile_step, x, acc);
-#pragma GCC unroll 24
-            for (int at = 0; at < T * L * G::HALVES; at++) {  // the same order for any L
-                const int t = at / (L * G::HALVES), own = at / G::HALVES % L, half = at % G::HALVES;
-                const int64_t group = group_of<G>(block, half, shift) * kTile;
-#pragma GCC unroll 4
-                for (int part = 0; part < kParts; part++) {
-                    const V scale = load<V>(scales.scale[t] + group + W * part);
-                    V offset{};
-                    if (G::OFFSETS) offset = load<V>(scales.offset[t] + group + W * part);
+                    for (int part = 0; part < kParts; part++)
+                        acc[t][i][half][part] = start_of<G>(*x[i / L], i % L, half);
+        dots<G, R, T, L>(codes, task.tile_step, x, acc);
 #pragma GCC unroll 8
-                    for (int r = 0; r < R; r++) {
-                        const int i = r * L + own;
-                        V sum = held[t][r][part];
-                        if (!kHeld) sum = load<V>(sum_at(t, r, part));
-                        sum += to_float(acc[t][i][half][part]) * (scale * x[i]->scale);
-                        if (G::OFFSETS) sum += offset * x[i]->total[slot<G>(half)];
-                        held[t][r][part] = sum;
-                        if (!kHeld) std::memcpy(sum_at(t, r, part), &sum, sizeof sum);
-                    }
+        for (int at = 0; at < T * G::HALVES; at++) {
+            const int t = at / G::HALVES, half = at % G::HALVES;
+            const int64_t group = group_of<G>(block, half, shift) * kTile;
+#pragma GCC unroll 4
+            for (int part = 0; part < kParts; part++) {
+                const V scale = load<V>(scales.scale[t] + group + W * part);
+                V offset{};
+                if (G::OFFSETS) offset = load<V>(scales.offset[t] + group + W * part);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; r++) {
+                    V sum = held[t][r][part];
+                    if (!kHeld) sum = load<V>(sum_at(t, r, part));
+                    sum += joined<G, L>([&](int limb) { return acc[t][r * L + limb][half][part]; }) *
+                           (scale * x[r]->scale);
+                    if (G::OFFSETS) sum += offset * x[r]->total[G::HALVES == 2 ? 1 + half : 0];
+                    held[t][r][part] = sum;
+                    if (!kHeld) std::memcpy(sum_at(t, r, part), &sum, sizeof sum);
                 }
             }
-#pragma GCC unroll 16
-            for (int i = 0; i < R * L; i++) x[i] += L;
         }
-        if constexpr (T == 1 && L > 1 && G::BITS == 4) {
-            if (row == 0)
-                for (int i = 0; i < G::BITS; i++)
-                    __builtin_prefetch(codes + kAhead + i * kLine, 0, 3);
-        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) x[r]++;
+        if (L > 1 && G::BITS == 4 && row == 0)
+            for (int i = 0; i < G::BITS; i++) __builtin_prefetch(codes + kAhead + i * kLine, 0, 3);
         codes += kTile * kBlock * G::BITS / 8;
         if constexpr (T > 1) {
             for (int64_t i = line; i < last_line; i++)
@@ -407,22 +421,20 @@ void one_span(const Task& task, const Scales<T>& scales, int64_t row) {
 // ---- all rows ------------------------------------------------------------------------------------
 
 // Takes R rows as often as they are there, the rest in smaller handfuls.
-template <typename G, int R, int T>
+template <typename G, int R, int T, int L>
 void all_rows(const Task& task, const Scales<T>& scales, int64_t row) {
-    // Few rows share weights with their limbs, as far as registers hold their sums.
-    constexpr bool kShared = T == 1 && R * kLimbs * G::HALVES * kParts <= kSums;
-    constexpr int L = kShared ? kLimbs : 1;
-    for (; task.count - row >= R; row += R) {
-        if (task.limbs == 1) one_span<G, R, T, 1, 1>(task, scales, row);
-        else one_span<G, R, T, L, kLimbs / L>(task, scales, row);
-    }
+    for (; task.count - row >= R; row += R) one_span<G, R, T, L>(task, scales, row);
     if constexpr (R > 1)
-        if (row < task.count) all_rows<G, R - 1, T>(task, scales, row);
+        if (row < task.count) all_rows<G, R - 1, T, L>(task, scales, row);
 }
 
-template <typename G, int T>
-void some_tiles(const Matrix& m, int64_t tile, int64_t limbs, const Rows& rows, int64_t first,
-                int64_t count, float* out) {
+// Rows whose sums registers hold beside each other.
+template <typename G, int L>
+constexpr int kRows = L == 1 ? kFastRows : std::max(1, kSums / (L * G::HALVES * kParts));
+
+template <typename G, int T, int L>
+void some_tiles(const Matrix& m, int64_t tile, const Rows& rows, int64_t first, int64_t count,
+                float* out) {
     const int64_t step = tile_bytes(m);
     const uint8_t* span = m.data + tile * step;
     const uint8_t* next = tile + 2 * T <= zk::tiles(m) ? span + T * step : nullptr;
@@ -437,22 +449,24 @@ void some_tiles(const Matrix& m, int64_t tile, int64_t limbs, const Rows& rows, 
         const uint8_t* ahead = last ? next : span + at.end;
         if (ahead != nullptr) ahead += at.codes;
         const uint8_t* codes = span + at.codes;
-        const Task task{m, rows, first, count, start, columns, limbs, codes, step, out, ahead};
-        all_rows<G, kRows, T>(task, scales, 0);
+        const Task task{m, rows, first, count, start, columns, codes, step, out, ahead};
+        all_rows<G, kRows<G, L>, T, L>(task, scales, 0);
         span += at.end;
     }
 }
 
 // Several tiles at once share the broadcasts of activations.  Where weights are read for few rows it
-// is one tile after the other: several streams are slower than one.
+// is one tile after the other: several streams are slower than one.  Limbs share weights instead.
 template <typename G>
-void all_tiles(const Matrix& m, int64_t tile, int64_t tiles, int64_t limbs, const Rows& rows,
+void all_tiles(const Matrix& m, int64_t tile, int64_t tiles, bool fast, const Rows& rows,
                int64_t first, int64_t count, float* out) {
     while (tiles > 0) {
-        const bool several = kTiles > 1 && tiles >= kTiles && count >= kRows;
+        const bool several = kTiles > 1 && fast && tiles >= kTiles && count >= kFastRows;
         const int64_t taken = several ? kTiles : 1;
-        if (several) some_tiles<G, kTiles>(m, tile, limbs, rows, first, count, out);
-        else some_tiles<G, 1>(m, tile, limbs, rows, first, count, out);
+        const auto product = several ? some_tiles<G, kTiles, 1>
+                             : fast  ? some_tiles<G, 1, 1>
+                                     : some_tiles<G, 1, kLimbs>;
+        product(m, tile, rows, first, count, out);
         tile += taken;
         tiles -= taken;
         out += taken * count * kTile;
@@ -498,10 +512,12 @@ ZK_INLINE int32_t over_lanes(I x, Both both) {
     return both(x, swapped<1>(x))[0];
 }
 
-// 32 numbers as codes -127 .. 127 of one scale, and what that leaves of them as further codes of a
-// smaller one.  What is not finite makes the scales, and so the result, NaN.
-ZK_INLINE void quantize_block(const float* x, int limbs, Block* out) {
+// 32 numbers as limbs of one scale.  What is not finite makes it, and so the result, NaN.
+template <int L>
+ZK_INLINE void quantize_block(const float* x, Block<L>* out) {
     constexpr int kVectors = kBlock / W;
+    constexpr int32_t kOthers = L > 1 ? kLimb * kLimb : 1;
+    static_assert(L == 1 || L == 3, "kOthers");
     const auto larger = [](I a, I b) { return a > b ? a : b; };
     const auto sum = [](I a, I b) { return a + b; };
     V value[kVectors];
@@ -515,51 +531,59 @@ ZK_INLINE void quantize_block(const float* x, int limbs, Block* out) {
     const bool finite = bits < 0x7F800000;
     float largest;
     std::memcpy(&largest, &bits, sizeof largest);
-    // Below this 127 / largest overflows; such activations count as zero.
-    const float inverse = finite && largest > 0x1p-120f ? 127.0f / largest : 0.0f;
-    float scale = finite ? largest / 127.0f : __builtin_nanf("");
+    // Below this the last limb's scale is no normal number; such activations count as zero.
+    const float inverse = finite && largest > 0x1p-100f ? 127.0f / largest : 0.0f;
+    I sums[2][2] = {};  // of the first limb and of the others, of each half
 #pragma GCC unroll 8
-    for (int i = 0; i < kVectors; i++) value[i] = finite ? value[i] * inverse : V{};
-    for (int limb = 0; limb < limbs; limb++, scale /= kLimb) {
-        Block& own = out[limb];
-        I total[2] = {};
-#pragma GCC unroll 8
-        for (int i = 0; i < kVectors; i++) {
-            const V rounded = (value[i] + kRoundMagic) - kRoundMagic;
+    for (int i = 0; i < kVectors; i++) {
+        V rest = finite ? value[i] * inverse : V{};
+        I(&own)[2] = sums[2 * i / kVectors];
+        I others{};
+#pragma GCC unroll 4
+        for (int limb = 0; limb < L; limb++) {
+            const V rounded = (rest + kRoundMagic) - kRoundMagic;
             const I code = __builtin_convertvector(rounded, I);
-            store_narrow(code, own.codes + W * i);
-            total[2 * i / kVectors] += code;
-            value[i] = (value[i] - rounded) * kLimb;
+            store_narrow(code, out->codes[limb] + W * i);
+            if (limb == 0) own[0] += code;
+            else others = others * kLimb + code;
+            rest = (rest - rounded) * float{kLimb};
         }
-        const int32_t first = over_lanes(total[0], sum), second = over_lanes(total[1], sum);
-        const int32_t sums[3] = {first + second, first, second};
-        own.scale = scale;
-        for (int i = 0; i < 3; i++) {
-            own.start[i] = -8 * sums[i];
-            own.total[i] = scale * static_cast<float>(sums[i]);
-        }
-        own.reserved = 0;
+        own[1] += others;
+    }
+    out->scale = finite ? largest / (127.0f * float{kOthers}) : __builtin_nanf("");
+    int32_t all[2][2];  // of both halves, of the first
+#pragma GCC unroll 2
+    for (int k = 0; k < (L > 1 ? 2 : 1); k++) {
+        all[k][1] = over_lanes(sums[0][k], sum);
+        all[k][0] = all[k][1] + over_lanes(sums[1][k], sum);
+        for (int i = 0; i < 2; i++) out->start[k][i] = -8 * all[k][i];
+    }
+    const auto total = [&](int i) { return all[0][i] * kOthers + (L > 1 ? all[1][i] : 0); };
+    const int32_t totals[3] = {total(0), total(1), total(0) - total(1)};
+    for (int i = 0; i < 3; i++) out->total[i] = out->scale * static_cast<float>(totals[i]);
+}
+
+template <int L>
+void prepare_row(const float* x, int64_t columns, const Rows& rows, int64_t index) {
+    Block<L>* blocks = rows.row<L>(index);
+    for (int64_t start = 0; start < rows.columns; start += kBlock, blocks++) {
+        const int64_t left = columns - start;
+        float last[kBlock] = {};
+        if (left > 0 && left < kBlock) std::memcpy(last, x + start, 4 * left);
+        quantize_block(left < kBlock ? last : x + start, blocks);
     }
 }
 
 }  // namespace
 
 void prepare(const float* x, int64_t columns, bool fast, const Rows& rows, int64_t index) {
-    const int64_t blocks = rows.columns / kBlock;
-    const int limbs = limbs_of(fast);
-    for (int64_t block = 0; block < blocks; block++) {
-        const int64_t start = block * kBlock;
-        float last[kBlock] = {};
-        const bool whole = start + kBlock <= columns;
-        if (!whole && start < columns) std::memcpy(last, x + start, 4 * (columns - start));
-        quantize_block(whole ? x + start : last, limbs,
-                       rows.blocks + (index * blocks + block) * limbs);
-    }
+    if (fast) prepare_row<1>(x, columns, rows, index);
+    else prepare_row<kLimbs>(x, columns, rows, index);
 }
 
 void multiply(const Matrix& m, int64_t tile, int64_t tiles, bool fast, const Rows& rows,
               int64_t first, int64_t count, float* out) {
-    chosen(m)(m, tile, tiles, limbs_of(fast), rows, first, count, out);
+    chosen(m)(m, tile, tiles, fast, rows, first, count, out);
 }
 
 void swiglu(float* gate, const float* up, int64_t count) {
@@ -568,6 +592,19 @@ void swiglu(float* gate, const float* up, int64_t count) {
         const V result = g / (1.0f + exponential(-g)) * load<V>(up + i);
         std::memcpy(gate + i, &result, sizeof result);
     }
+}
+
+uint32_t read(const uint8_t* from, int64_t lines) {
+    constexpr int kEach = kLine / sizeof(U), kSums = 4;
+    U sum[kSums] = {};
+    for (; lines >= kSums; lines -= kSums)
+#pragma GCC unroll 16
+        for (int i = 0; i < kSums * kEach; i++, from += sizeof(U)) sum[i % kSums] ^= load<U>(from);
+    for (int64_t i = 0; i < lines * kEach; i++, from += sizeof(U)) sum[0] ^= load<U>(from);
+    const U all = (sum[0] ^ sum[1]) ^ (sum[2] ^ sum[3]);
+    uint32_t result = 0;
+    for (int lane = 0; lane < W; lane++) result ^= all[lane];
+    return result;
 }
 
 }  // namespace ZK_ISA_NAMESPACE

@@ -140,7 +140,7 @@ _SIGNATURES = {
     "zk_layout_version": (_I32, []),
     "zk_pack": (None, [_POINTER, _POINTER, _I32]),
     "zk_unpack_rows": (None, [_POINTER, _POINTER, _I64, _POINTER]),
-    "zk_read": (ctypes.c_uint64, [_POINTER, _I64, _I32]),
+    "zk_read": (ctypes.c_uint32, [_POINTER, _I64, _I32]),
     "zk_linear": (_I32, [_POINTER, _POINTER, _I64, _POINTER, _POINTER, _POINTER]),
     "zk_moe_ffn": (_I32, [_POINTER, _I64, *[_POINTER] * 5]),
     "zk_decode": (_I32, [_POINTER] * 8),
