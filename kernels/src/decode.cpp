@@ -46,7 +46,7 @@ struct Room {
     float* share;
     bool* real;
 
-    Room(Arena& arena, const Model& m, int64_t batch, int64_t stretches, bool fast) {
+    Room(Arena& arena, const Team& team, const Model& m, int64_t batch, int64_t stretches, bool fast) {
         const int64_t groups = m.heads + m.kv_heads, dim = m.head_dim;
         const int64_t widest = std::max({m.hidden, m.heads * dim, m.expert_width, m.router_width});
         h = arena.take<float>(batch * m.hidden);
@@ -66,17 +66,37 @@ struct Room {
         inner = arena.take<float>(batch * (m.expert_width + kTile));
         order = arena.take<int64_t>(batch);
         choice = arena.take<int64_t>(batch);
-        prepared = arena.take<char>(rows_bytes(batch, widest, fast));
+        prepared = arena.take<char>(inputs_bytes(team, batch, widest, fast));
         share = arena.take<float>(batch);
         real = arena.take<bool>(batch);
     }
 };
 
-// Rows of activations, and what packed matrices read instead.
-struct Input {
+// Rows of activations.
+struct Activations {
     const float* values;
     int64_t stride;
+
+    const float* operator()(int64_t i) const { return values + i * stride; }
+};
+
+// The same, and what packed matrices read instead.
+struct Both {
+    Activations floats;
     Rows rows;
+};
+
+class Input {
+public:
+    Input(Activations floats, const Inputs<Activations>& prepared)
+        : floats_(floats), prepared_(prepared) {}
+
+    // For one range after the other of a run.
+    Both of(const Range& range) const { return {floats_, prepared_.of(range)}; }
+
+private:
+    Activations floats_;
+    Inputs<Activations> prepared_;
 };
 
 // Rows of one expert: order[begin .. end).
@@ -135,17 +155,14 @@ private:
 
     // ---- products --------------------------------------------------------------------------------
 
-    // Prepares rows of activations [count, width] where one of the matrices is packed.
+    // Rows of activations, prepared where one of the matrices is packed.
     Input input(const Matrix* const* matrices, int count, const float* values, int64_t stride,
                 int64_t rows) {
-        const int64_t columns = matrices[0]->columns;
-        const Rows prepared = place_rows(room_.prepared, columns);
         const bool any = std::any_of(matrices, matrices + count,
                                      [](const Matrix* m) { return packed(*m); });
-        if (any)
-            prepare(team_, kernels_, fast_, prepared, columns, rows,
-                    [&](int64_t i) { return values + i * stride; });
-        return {values, stride, prepared};
+        const Activations floats = {values, stride};
+        return {floats, Inputs(team_, kernels_, fast_, room_.prepared, matrices[0]->columns,
+                               any ? rows : 0, floats)};
     }
 
     Input input(const Linear* const* linears, int count, const float* values, int64_t stride) {
@@ -155,16 +172,16 @@ private:
     }
 
     // Some tiles by rows [first, first + count): out [tiles, count, 16].
-    void multiply(const Matrix& m, int64_t tile, int64_t tiles, const Input& in, int64_t first,
+    void multiply(const Matrix& m, int64_t tile, int64_t tiles, const Both& in, int64_t first,
                   int64_t count, float* out) const {
         if (packed(m)) kernels_.multiply(m, tile, tiles, fast_, in.rows, first, count, out);
-        else own_.dense(m, tile, tiles, in.values + first * in.stride, in.stride, count, out);
+        else own_.dense(m, tile, tiles, in.floats(first), in.floats.stride, count, out);
     }
 
     // emit(row, first, lanes, values) for the rows and columns of tiles [begin, end) of a product
     // with rows [from, to) of the input.
     template <typename Emit>
-    void some_tiles(const Matrix& m, const float* bias, int64_t begin, int64_t end, const Input& in,
+    void some_tiles(const Matrix& m, const float* bias, int64_t begin, int64_t end, const Both& in,
                     int64_t from, int64_t to, Emit emit) const {
         alignas(kLine) float part[kTogether * kRows * kTile];
         for (int64_t tile = begin; tile < end; tile += kTogether) {
@@ -192,13 +209,14 @@ private:
     void product(const Linear* const* linears, int count, const Input& in, int64_t rows, Emit emit) {
         int64_t total = 0;
         for (int i = 0; i < count; i++) total += tiles(linears[i]->matrix);
-        team_.run(total, kAnything, [&](int64_t begin, int64_t end) {
+        team_.run(total, kAnything, [&](const Range& range) {
+            const Both both = in.of(range);
             int64_t before = 0;
             for (int i = 0; i < count; i++) {
                 const Matrix& m = linears[i]->matrix;
-                const int64_t from = std::max<int64_t>(begin - before, 0);
-                const int64_t to = std::min(end - before, tiles(m));
-                some_tiles(m, linears[i]->bias, from, to, in, 0, rows,
+                const int64_t from = std::max<int64_t>(range.begin - before, 0);
+                const int64_t to = std::min(range.end - before, tiles(m));
+                some_tiles(m, linears[i]->bias, from, to, both, 0, rows,
                            [&](int64_t row, int64_t first, int64_t lanes, float* own) {
                                emit(i, row, first, lanes, own);
                            });
@@ -348,15 +366,17 @@ private:
         }
         const Input in = input(matrices_.data(), static_cast<int>(matrices_.size()), room_.inputs,
                                m_.hidden, rows);
-        each_share(shares, width / kTile, [&](const Share& share, int64_t begin, int64_t end) {
-            gate_up(share, begin, end, in, width);
-        });
+        each_share(shares, width / kTile, in,
+                   [&](const Share& share, int64_t begin, int64_t end, const Both& both) {
+                       gate_up(share, begin, end, both, width);
+                   });
         matrices_.clear();
         for (const Share& share : shares) matrices_.push_back(&share.expert->down);
         const Input inner = input(matrices_.data(), static_cast<int>(matrices_.size()), room_.inner,
                                   width, rows);
-        each_share(shares, ceil_div(m_.hidden, kTile), [&](const Share& share, int64_t begin, int64_t end) {
-            some_tiles(share.expert->down, nullptr, begin, end, inner, share.begin, share.end,
+        each_share(shares, ceil_div(m_.hidden, kTile), inner,
+                   [&](const Share& share, int64_t begin, int64_t end, const Both& both) {
+            some_tiles(share.expert->down, nullptr, begin, end, both, share.begin, share.end,
                        [&](int64_t i, int64_t first, int64_t lanes, const float* from) {
                            const int64_t row = room_.order[i];
                            own_.residual(x + row * m_.hidden, from, weights[row], layer.after_experts,
@@ -382,8 +402,9 @@ private:
         activated(layer.router_first, room_.second, room_.first);
         activated(layer.router_second, room_.first, room_.second);
         const Linear* last[] = {&layer.router_last};
-        const Input in = input(last, 1, room_.second, width);
-        some_tiles(last[0]->matrix, last[0]->bias, 0, ceil_div(classes, kTile), in, 0, batch_,
+        const Range all = {0, ceil_div(classes, kTile), 0, true};
+        some_tiles(last[0]->matrix, last[0]->bias, all.begin, all.end,
+                   input(last, 1, room_.second, width).of(all), 0, batch_,
                    [&](int64_t row, int64_t first, int64_t lanes, const float* from) {
                        std::memcpy(room_.classes + row * classes + first, from, 4 * lanes);
                    });
@@ -430,21 +451,22 @@ private:
         return shares_;
     }
 
-    // body(share, begin, end) for ranges of the tiles of all shares, `each` of them a share.
+    // body(share, begin, end, input) for ranges of the tiles of all shares, `each` of them a share.
     template <typename Body>
-    void each_share(const std::vector<Share>& shares, int64_t each, Body body) {
+    void each_share(const std::vector<Share>& shares, int64_t each, const Input& in, Body body) {
         const int64_t count = static_cast<int64_t>(shares.size());
-        team_.run(count * each, kAnything, [&](int64_t begin, int64_t end) {
-            while (begin < end) {
-                const int64_t share = begin / each, stop = std::min(end, (share + 1) * each);
-                body(shares[share], begin - share * each, stop - share * each);
+        team_.run(count * each, kAnything, [&](const Range& range) {
+            const Both both = in.of(range);
+            for (int64_t begin = range.begin; begin < range.end;) {
+                const int64_t share = begin / each, stop = std::min(range.end, (share + 1) * each);
+                body(shares[share], begin - share * each, stop - share * each, both);
                 begin = stop;
             }
         });
     }
 
     // silu(gate x) * up x of a share's rows, for some tiles, to `inner`.
-    void gate_up(const Share& share, int64_t begin, int64_t end, const Input& in, int64_t width) {
+    void gate_up(const Share& share, int64_t begin, int64_t end, const Both& in, int64_t width) {
         alignas(kLine) float gate[kTogether * kRows * kTile], up[kTogether * kRows * kTile];
         const int64_t group = share.end - share.begin <= kFewRows ? kTiles : kTogether;
         for (; begin < end; begin += group) {
@@ -492,11 +514,11 @@ void decode(const Model& model, State* states, const Step& step, float* x, float
     for (int64_t i = 0; i < model.layers; i++)
         columns = std::max(columns, states[i].end + 1 - states[i].start);
     const int64_t stretches = ceil_div(columns, kStretch);
-    Arena sizes(nullptr);
-    const Room measured(sizes, model, step.batch, stretches, options.fast != 0);
-    Arena arena(scratch.take(sizes.used()));
-    const Room room(arena, model, step.batch, stretches, options.fast != 0);
     Team team(options.threads);
+    Arena sizes(nullptr);
+    const Room measured(sizes, team, model, step.batch, stretches, options.fast != 0);
+    Arena arena(scratch.take(sizes.used()));
+    const Room room(arena, team, model, step.batch, stretches, options.fast != 0);
     Decoder(team, model, states, step, options, room, stretches).run(x, logits, routes, weights);
 }
 

@@ -39,7 +39,7 @@ constexpr int64_t aligned(int64_t bytes) { return ceil_div(bytes, kLine) * kLine
 inline int64_t number_bytes(int32_t scale_type) {
     return scale_type == kFloat32 ? 4 : scale_type == kProduct ? 1 : 2;
 }
-inline int64_t padded(int64_t columns) { return ceil_div(columns, kPanel) * kPanel; }
+constexpr int64_t padded(int64_t columns) { return ceil_div(columns, kPanel) * kPanel; }
 inline int64_t tiles(const Matrix& m) { return ceil_div(m.rows, kTile); }
 
 // Where the parts of a span of `columns` begin, in bytes from its beginning.

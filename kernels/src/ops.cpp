@@ -77,22 +77,21 @@ void down(const Kernels& kernels, bool fast, const Run& run, int64_t begin, int6
 
 }  // namespace
 
-int64_t rows_bytes(int64_t count, int64_t columns, bool fast) {
-    return count * padded(columns) / kBlock * block_bytes(fast);
-}
-
-Rows place_rows(char* memory, int64_t columns) {
-    return {memory, padded(columns)};
-}
-
 int threads_for(const Options& options, int64_t bytes) {
     return bytes <= kAlone ? 1 : options.threads;
 }
 
-void product(Team& team, const Kernels& kernels, bool fast, const Matrix& matrix, const Rows& rows,
-             int64_t count, const float* bias, float* out) {
-    team.run(tiles(matrix), kAnything, [&](int64_t begin, int64_t end) {
-        in_handfuls(begin, end, count, [&](int64_t tile, int64_t taken, int64_t start, int64_t some) {
+void linear(Team& team, Scratch& scratch, const Matrix& matrix, const float* x, int64_t count,
+            const float* bias, float* out, const Options& options) {
+    const Kernels kernels = kernels_of(options.isa);
+    const bool fast = options.fast != 0;
+    const int64_t columns = matrix.columns;
+    const Inputs inputs(team, kernels, fast,
+                        scratch.take(inputs_bytes(team, count, columns, fast)), columns, count,
+                        [&](int64_t i) { return x + i * columns; });
+    team.run(tiles(matrix), kAnything, [&](const Range& range) {
+        const Rows rows = inputs.of(range);
+        in_handfuls(range.begin, range.end, count, [&](int64_t tile, int64_t taken, int64_t start, int64_t some) {
             alignas(kLine) float part[kTogether * kRows * kTile];
             kernels.multiply(matrix, tile, taken, fast, rows, start, some, part);
             each_row(matrix.rows, tile, taken, some, part,
@@ -105,16 +104,6 @@ void product(Team& team, const Kernels& kernels, bool fast, const Matrix& matrix
     });
 }
 
-void linear(Team& team, Scratch& scratch, const Matrix& matrix, const float* x, int64_t count,
-            const float* bias, float* out, const Options& options) {
-    const Kernels kernels = kernels_of(options.isa);
-    const bool fast = options.fast != 0;
-    const int64_t columns = matrix.columns;
-    const Rows rows = place_rows(scratch.take(rows_bytes(count, columns, fast)), columns);
-    prepare(team, kernels, fast, rows, columns, count, [&](int64_t i) { return x + i * columns; });
-    product(team, kernels, fast, matrix, rows, count, bias, out);
-}
-
 void moe_ffn(Team& team, Scratch& scratch, const Experts& experts, const float* x,
              const float* weights, float* out, const Options& options) {
     const Kernels kernels = kernels_of(options.isa);
@@ -122,26 +111,26 @@ void moe_ffn(Team& team, Scratch& scratch, const Experts& experts, const float* 
     const Matrix &gate = experts.runs[0].gate, &last = experts.runs[0].down;
     const int64_t count = experts.rows(), origin = experts.first(), columns = gate.columns;
     const int64_t width = tiles(gate) * kTile;
-    const int64_t input_bytes = rows_bytes(count, columns, fast);
+    const int64_t input_bytes = inputs_bytes(team, count, columns, fast);
     const int64_t hidden_bytes = aligned(4 * count * width);
     char* memory = scratch.take(input_bytes + hidden_bytes +
-                                rows_bytes(count, last.columns, fast));
-    const Rows inputs = place_rows(memory, columns);
+                                inputs_bytes(team, count, last.columns, fast));
     float* hidden = reinterpret_cast<float*>(memory + input_bytes);
-    const Rows middle = place_rows(memory + input_bytes + hidden_bytes, last.columns);
 
-    prepare(team, kernels, fast, inputs, columns, count,
-            [&](int64_t i) { return x + experts.order[origin + i] * columns; });
-    team.run(experts.count * tiles(gate), kAnything, [&](int64_t begin, int64_t end) {
-        experts.split(begin, end, tiles(gate), [&](const Run& run, int64_t from, int64_t to) {
-            gate_up(kernels, fast, run, from, to, origin, inputs, hidden, width);
+    const Inputs inputs(team, kernels, fast, memory, columns, count,
+                        [&](int64_t i) { return x + experts.order[origin + i] * columns; });
+    team.run(experts.count * tiles(gate), kAnything, [&](const Range& range) {
+        const Rows rows = inputs.of(range);
+        experts.split(range, tiles(gate), [&](const Run& run, int64_t begin, int64_t end) {
+            gate_up(kernels, fast, run, begin, end, origin, rows, hidden, width);
         });
     });
-    prepare(team, kernels, fast, middle, last.columns, count,
-            [&](int64_t i) { return hidden + i * width; });
-    team.run(experts.count * tiles(last), kAnything, [&](int64_t begin, int64_t end) {
-        experts.split(begin, end, tiles(last), [&](const Run& run, int64_t from, int64_t to) {
-            down(kernels, fast, run, from, to, origin, middle, experts.order, weights, out);
+    const Inputs middle(team, kernels, fast, memory + input_bytes + hidden_bytes, last.columns,
+                        count, [&](int64_t i) { return hidden + i * width; });
+    team.run(experts.count * tiles(last), kAnything, [&](const Range& range) {
+        const Rows rows = middle.of(range);
+        experts.split(range, tiles(last), [&](const Run& run, int64_t begin, int64_t end) {
+            down(kernels, fast, run, begin, end, origin, rows, experts.order, weights, out);
         });
     });
 }

@@ -57,34 +57,62 @@ private:
 
 // ---- activations ---------------------------------------------------------------------------------
 
-// Bytes of `count` rows as kernels read them, and the rows that lie there.
-int64_t rows_bytes(int64_t count, int64_t columns, bool fast);
-Rows place_rows(char* memory, int64_t columns);
+// Rows of activations as kernels read them.  A few are prepared by every thread for itself, in less
+// time than it takes to fetch what another core has written; more are shared out.
+constexpr bool each_prepares(int64_t count) { return count <= 4; }
 
-// Fills rows; source(i) points to the i-th of `count` rows of floats.
-template <typename Source>
-void prepare(Team& team, const Kernels& kernels, bool fast, const Rows& rows, int64_t columns,
-             int64_t count, Source source) {
-    constexpr int64_t kFew = 4;  // are prepared faster than shared out
-    const auto body = [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++)
-            kernels.prepare(source(i), columns, fast, rows, i);
-    };
-    if (count <= kFew) body(0, count);
-    else team.run(count, kAnything, body);
+constexpr int64_t rows_bytes(int64_t count, int64_t columns, bool fast) {
+    return count * padded(columns) / kBlock * block_bytes(fast);
 }
+
+// Memory that they take.
+inline int64_t inputs_bytes(const Team& team, int64_t count, int64_t columns, bool fast) {
+    return rows_bytes(count, columns, fast) * (each_prepares(count) ? team.threads() : 1);
+}
+
+//   source(i) points to the i-th of `count` rows of floats.
+template <typename Source>
+class Inputs {
+public:
+    Inputs(Team& team, const Kernels& kernels, bool fast, char* memory, int64_t columns,
+           int64_t count, Source source)
+        : kernels_(kernels), fast_(fast), memory_(memory), columns_(columns), count_(count),
+          source_(source) {
+        if (each_prepares(count)) return;
+        team.run(count, kAnything,
+                 [&](int64_t begin, int64_t end) { prepare(rows(0), begin, end); });
+    }
+
+    // For one range after the other of a run.
+    Rows of(const Range& range) const {
+        if (!each_prepares(count_)) return rows(0);
+        const Rows own = rows(range.thread);
+        if (range.first) prepare(own, 0, count_);
+        return own;
+    }
+
+private:
+    Rows rows(int copy) const {
+        return {memory_ + copy * rows_bytes(count_, columns_, fast_), padded(columns_)};
+    }
+    void prepare(const Rows& rows, int64_t begin, int64_t end) const {
+        for (int64_t i = begin; i < end; i++)
+            kernels_.prepare(source_(i), columns_, fast_, rows, i);
+    }
+
+    const Kernels& kernels_;
+    const bool fast_;
+    char* const memory_;
+    const int64_t columns_, count_;
+    const Source source_;
+};
 
 // ---- ops -----------------------------------------------------------------------------------------
 
 // How many threads weights of so many bytes are worth.
 int threads_for(const Options& options, int64_t bytes);
 
-// out [count, matrix.rows] = rows @ matrix^T + bias, which may be null.  `rows` may be prepared
-// once for several matrices.
-void product(Team& team, const Kernels& kernels, bool fast, const Matrix& matrix, const Rows& rows,
-             int64_t count, const float* bias, float* out);
-
-// The same of x [count, matrix.columns].
+// out [count, matrix.rows] = x [count, matrix.columns] @ matrix^T + bias, which may be null.
 void linear(Team& team, Scratch& scratch, const Matrix& matrix, const float* x, int64_t count,
             const float* bias, float* out, const Options& options);
 
@@ -99,9 +127,9 @@ struct Experts {
 
     // body(run, begin, end) for the parts of a range of tiles, `each` of them a run.
     template <typename Body>
-    void split(int64_t begin, int64_t end, int64_t each, Body body) const {
-        while (begin < end) {
-            const int64_t run = begin / each, stop = std::min(end, (run + 1) * each);
+    void split(const Range& range, int64_t each, Body body) const {
+        for (int64_t begin = range.begin; begin < range.end;) {
+            const int64_t run = begin / each, stop = std::min(range.end, (run + 1) * each);
             body(runs[run], begin - run * each, stop - run * each);
             begin = stop;
         }

@@ -142,25 +142,29 @@ private:
         const int64_t count = count_.load(std::memory_order_relaxed);
         const int64_t size = size_.load(std::memory_order_relaxed);
         const int threads = threads_.load(std::memory_order_relaxed);
+        int64_t done = 0;
         for (int i = 0; i < threads; i++) {
             Share& from = shares_[(index + i) % threads];
-            for (int64_t chunk; (chunk = from.take(phase, i == 0)) >= 0;) {
+            for (int64_t chunk; (chunk = from.take(phase, i == 0)) >= 0; done++) {
                 const int64_t begin = chunk * size, end = begin + size;
-                function(body, begin, end < count ? end : count);
-                pending_.fetch_sub(1, std::memory_order_release);
+                function(body, {begin, end < count ? end : count, index, done == 0});
             }
         }
+        // Once: others have to fetch what is changed here.
+        if (done > 0) pending_.fetch_sub(done, std::memory_order_release);
     }
 
     std::mutex mutex_;
     std::condition_variable wake_;
     std::atomic<int> active_{0};  // threads of the call that is going on
     int workers_ = 0;             // changed by the call that holds the pool
-    std::atomic<uint64_t> phase_{0};
+    // A line that changes once a phase, and one that every thread changes.
+    alignas(64) std::atomic<uint64_t> phase_{0};
     std::atomic<Function> function_{nullptr};
     std::atomic<const void*> body_{nullptr};
-    std::atomic<int64_t> count_{0}, size_{1}, pending_{0};
+    std::atomic<int64_t> count_{0}, size_{1};
     std::atomic<int> threads_{0};
+    alignas(64) std::atomic<int64_t> pending_{0};
     Share shares_[kMostThreads];
 };
 
@@ -205,7 +209,7 @@ void Team::run(int64_t count, int64_t longest, Function function, const void* bo
         return;
     }
     for (int64_t begin = 0; begin < count; begin += longest)
-        function(body, begin, begin + longest < count ? begin + longest : count);
+        function(body, {begin, begin + longest < count ? begin + longest : count, 0, begin == 0});
 }
 
 }  // namespace zk

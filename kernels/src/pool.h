@@ -9,10 +9,19 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace zk {
 
 class Pool;
+
+// What a thread takes of a run: [begin, end), its number among the team's threads, and whether it
+// takes anything of this run for the first time.
+struct Range {
+    int64_t begin, end;
+    int thread;
+    bool first;
+};
 
 // The threads of one call; they are free again when it is destroyed.
 class Team {
@@ -22,19 +31,24 @@ public:
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
 
-    // body(begin, end) for ranges that cover [0, count) once, none longer than `longest`.  Each
-    // thread starts on a contiguous share of its own.
+    // body(range), or body(begin, end), for ranges that cover [0, count) once, none longer than
+    // `longest`.  Each thread starts on a contiguous share of its own.
     template <typename Body>
     void run(int64_t count, int64_t longest, const Body& body) {
         run(count, longest, &call<Body>, &body);
     }
 
+    // How many threads compute, at most.
+    int threads() const { return threads_; }
+
 private:
-    using Function = void (*)(const void* body, int64_t begin, int64_t end);
+    using Function = void (*)(const void* body, const Range& range);
 
     template <typename Body>
-    static void call(const void* body, int64_t begin, int64_t end) {
-        (*static_cast<const Body*>(body))(begin, end);
+    static void call(const void* body, const Range& range) {
+        const Body& own = *static_cast<const Body*>(body);
+        if constexpr (std::is_invocable_v<const Body&, const Range&>) own(range);
+        else own(range.begin, range.end);
     }
     void run(int64_t count, int64_t longest, Function function, const void* body);
 

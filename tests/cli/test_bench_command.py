@@ -37,6 +37,7 @@ def test_kernels(zaya: Zaya, tmp_path: Path) -> None:
         assert names[:2] == ["native_fast", "native"]
         for figure in case["figures"]:
             assert 0 < figure["fastest"] <= figure["seconds"] <= figure["slowest"]
+            assert figure["times"] > 0
             assert (figure["share"] is None) == (figure["kind"] == "ceiling")
     assert run.json()["machine"]["threads"] == 1
     drawn = ElementTree.parse(page).getroot()
@@ -62,9 +63,35 @@ def test_shares_are_of_the_ceiling() -> None:
     assert (limit.gigabytes, limit.gigaops, limit.share) == (1.0, 0.0, None)
     own, limit = by_speed.figures
     assert (own.share, limit.gigaops, limit.gigabytes) == (0.125, 4.0, 0.0)
+    assert (own.times, limit.times) == (1.0, 0.5)
     text = report.case_text(by_read)
     assert "50%" in text
     assert "2000.00 ms" in text
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    """A machine that is twice as slow for some rounds, more of them for one contender's median."""
+    clock = [0.0]
+    paces = iter([1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 1.0, 2.0, 2.0] * 9)
+    pace = [1.0]
+
+    def begin() -> None:
+        pace[0] = next(paces)
+        clock.append(clock[-1] + 2.0 * pace[0])
+
+    def follow() -> None:
+        clock.append(clock[-1] + 3.0 * pace[0])
+
+    contenders = [
+        measure.Contender("own", [begin]),
+        measure.Contender("peer", [follow], measure.PEER),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure.time, "perf_counter", lambda: clock[-1])
+        patch.setattr(measure, "_CALLS", 1)
+        patch.setattr(measure, "_SETTLE", 0)
+        found = measure.run(measure.Case("c", 1, 1, contenders), 8)
+    assert [figure.times for figure in found.figures] == [1.0, 1.5]
 
 
 def test_decode(zaya: Zaya, artifact: Path, tmp_path: Path) -> None:

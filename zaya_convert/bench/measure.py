@@ -7,7 +7,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,10 @@ class Figure:
         gigaops: multiplications and additions a second, in 10⁹.
         share: of what a pure read of the same bytes takes (decode), or of the fastest dense product
             measured beside it (prefill); None without such a ceiling.
+        times: how many times as long as the first contender it took.
+
+    The last two are medians over rounds, in each of which everything ran within a second: a machine
+    is at times faster and at times slower.
     """
 
     name: str
@@ -77,7 +82,8 @@ class Figure:
     slowest: float
     gigabytes: float
     gigaops: float
-    share: float | None = None
+    share: float | None
+    times: float
 
 
 @dataclass(frozen=True)
@@ -98,32 +104,52 @@ def seconds(call: Call) -> float:
     return time.perf_counter() - started
 
 
-def rotate(calls: Sequence[Sequence[Call]], rounds: int) -> list[list[float]]:
-    """Seconds of every call of each column; a column runs after the other, round after round."""
-    samples: list[list[float]] = [[] for _ in calls]
+def rotate(calls: Sequence[Sequence[Call]], rounds: int) -> list[list[list[float]]]:
+    """Seconds of every call, by column and round; a column runs after the other in each round."""
+    samples: list[list[list[float]]] = [[] for _ in calls]
     for turn in range(rounds + 1):
         for column, own in enumerate(calls):
             time.sleep(_SETTLE)
             taken = [seconds(call) for _ in range(-(-_CALLS // len(own))) for call in own]
             if turn:  # the first is for warming up
-                samples[column] += taken
+                samples[column].append(taken)
     return samples
 
 
 def run(case: Case, rounds: int) -> Measured:
     """Measure a case."""
     samples = rotate([contender.calls for contender in case.contenders], rounds)
-    figures = [_figure(c, own, case) for c, own in zip(case.contenders, samples, strict=True)]
-    limits = [figure for figure in figures if figure.kind == CEILING]
-    reads = [figure.seconds for figure in limits if not figure.gigaops]
-    if limits:  # a read is compared by time, a product by speed
-        figures = [
-            replace(f, share=reads[0] / f.seconds if reads
-                    else f.gigaops / max(limit.gigaops for limit in limits))
-            if f.kind != CEILING else f
-            for f in figures
-        ]  # fmt: skip
+    medians = [[statistics.median(taken) for taken in column] for column in samples]
+    ceiling = _ceiling(case, medians)
+    figures: list[Figure] = []
+    for contender, taken, own in zip(case.contenders, samples, medians, strict=True):
+        ordered = sorted(chain.from_iterable(taken))
+        median, tenth = statistics.median(ordered), len(ordered) // 10
+        is_limit = contender.kind == CEILING
+        operations = contender.operations or 0 if is_limit else case.operations
+        figures.append(Figure(
+            contender.name, contender.kind, median, ordered[tenth], ordered[-1 - tenth],
+            0.0 if contender.operations is not None else case.bytes / median / 1e9,
+            operations / median / 1e9,
+            None if is_limit or ceiling is None else _ratio(ceiling, own),
+            _ratio(own, medians[0]),
+        ))  # fmt: skip
     return Measured(case.name, case.bytes, case.operations, figures, case.notes)
+
+
+def _ceiling(case: Case, medians: Sequence[Sequence[float]]) -> list[float] | None:
+    """Seconds of each round that the case would take at its ceiling; None without one."""
+    limits = [
+        # A read takes as long; a product of other operations is as fast.
+        [taken * case.operations / (contender.operations or case.operations) for taken in own]
+        for contender, own in zip(case.contenders, medians, strict=True)
+        if contender.kind == CEILING
+    ]
+    return [min(taken) for taken in zip(*limits, strict=True)] if limits else None
+
+
+def _ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -135,17 +161,6 @@ def machine(threads: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "load": list(os.getloadavg()),
     }
-
-
-def _figure(contender: Contender, samples: list[float], case: Case) -> Figure:
-    ordered = sorted(samples)
-    median, tenth = statistics.median(ordered), len(ordered) // 10
-    computes = contender.operations is not None
-    operations = case.operations if contender.kind != CEILING else contender.operations or 0
-    return Figure(
-        contender.name, contender.kind, median, ordered[tenth], ordered[-1 - tenth],
-        0.0 if computes else case.bytes / median / 1e9, operations / median / 1e9,
-    )  # fmt: skip
 
 
 def _cpu_name() -> str:

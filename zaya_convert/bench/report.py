@@ -42,12 +42,12 @@ def case_text(measured: Measured) -> str:
 
     grid = Table(title=measured.name, title_justify="left")
     grid.add_column("kernel")
-    for name in ("median", "10 % to 90 %", "GB/s", "Gop/s", "of ceiling"):
+    for name in ("median", "10 % to 90 %", "times the first", "GB/s", "Gop/s", "of ceiling"):
         grid.add_column(name, justify="right")
     for figure in measured.figures:
         grid.add_row(
             figure.name, _time(figure.seconds),
-            f"{_time(figure.fastest)} to {_time(figure.slowest)}",
+            f"{_time(figure.fastest)} to {_time(figure.slowest)}", f"{figure.times:.2f}",
             f"{figure.gigabytes:.1f}" if figure.gigabytes else "",
             f"{figure.gigaops:.0f}" if figure.gigaops else "",
             "" if figure.share is None else f"{figure.share:.0%}",
