@@ -64,15 +64,21 @@ public:
     int open(int threads) {
         threads = threads < kMostThreads ? threads : kMostThreads;
         try {
-            for (; workers_ < threads - 1; workers_++)
-                std::thread(&Pool::work, this, workers_ + 1).detach();
+            for (; workers_ < threads - 1; workers_++) {
+                std::thread worker(&Pool::work, this, workers_ + 1);
+                handles_[workers_] = worker.native_handle();
+                avoided_ = -1;
+                worker.detach();
+            }
         } catch (const std::exception&) {  // of no threads, or no memory
             threads = workers_ + 1;
         }
         {
             const std::lock_guard<std::mutex> lock(mutex_);
             active_.store(threads, std::memory_order_release);
+            if (asleep_ == 0 && avoided_ >= 0) return threads;
         }
+        keep_apart();
         wake_.notify_all();
         return threads;
     }
@@ -107,10 +113,11 @@ private:
 
     void work(int index) {
         for (;;) {
-            linger(index);
-            {
+            if (!linger(index)) {
                 std::unique_lock<std::mutex> lock(mutex_);
+                asleep_++;
                 wake_.wait(lock, [&] { return active_.load() > index; });
+                asleep_--;
             }
             uint64_t done = 0;
             int spins = 0;
@@ -126,12 +133,30 @@ private:
         }
     }
 
-    // Waits a little for the next call, whenever nobody else wants the core.
-    void linger(int index) const {
+    // Keeps workers off the core of the caller, where some kernels would have them wait for it to
+    // finish the call alone.
+    void keep_apart() {
+#if defined(__linux__)
+        const int core = sched_getcpu();
+        cpu_set_t others;
+        if (core < 0 || core == avoided_ || sched_getaffinity(0, sizeof others, &others) != 0) return;
+        CPU_CLR(core, &others);
+        if (CPU_COUNT(&others) == 0) return;
+        for (int i = 0; i < workers_; i++)
+            pthread_setaffinity_np(handles_[i], sizeof others, &others);
+        avoided_ = core;
+#endif
+    }
+
+    // Waits a little for the next call, whenever nobody else wants the core.  Without the mutex,
+    // which the caller may hold still: to wait for it is to sleep.
+    bool linger(int index) const {
         const auto end = std::chrono::steady_clock::now() + kLinger;
-        while (active_.load(std::memory_order_acquire) <= index &&
-               std::chrono::steady_clock::now() < end)
+        do {
+            if (active_.load(std::memory_order_acquire) > index) return true;
             sched_yield();
+        } while (std::chrono::steady_clock::now() < end);
+        return false;
     }
 
     // Takes chunks of `phase` until none is left.  What is read before a chunk is taken belongs to
@@ -157,7 +182,11 @@ private:
     std::mutex mutex_;
     std::condition_variable wake_;
     std::atomic<int> active_{0};  // threads of the call that is going on
-    int workers_ = 0;             // changed by the call that holds the pool
+    int asleep_ = 0;              // workers that wait, as the mutex guards it
+    // Changed by the call that holds the pool:
+    int workers_ = 0;
+    int avoided_ = -1;  // the core that workers are kept off
+    std::thread::native_handle_type handles_[kMostThreads] = {};
     // A line that changes once a phase, and one that every thread changes.
     alignas(64) std::atomic<uint64_t> phase_{0};
     std::atomic<Function> function_{nullptr};

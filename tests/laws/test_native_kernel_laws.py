@@ -442,6 +442,37 @@ def test_beside_the_threads_of_torch() -> None:
         assert all(torch.allclose(one.result(), other) for one in theirs)
 
 
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or len(os.sched_getaffinity(0)) < 2,
+    reason="Linux with two cores only",
+)
+def test_workers_keep_off_the_core_of_the_caller() -> None:
+    """Which may then use all its cores still, and whose cores they share."""
+    script = """
+        import os, time, torch
+        from zaya_kernels import native
+        from zaya_kernels.packed import pack
+        from zaya_quant.qtensor import QuantTensor
+        from zaya_quant.spec import QuantSpec
+        def cores():
+            return {frozenset(os.sched_getaffinity(int(t))) for t in os.listdir("/proc/self/task")}
+        torch.set_num_threads(2)
+        codes = torch.zeros(600, 256, dtype=torch.int8)
+        packed = pack(QuantTensor(codes, torch.ones(600, 8).half(), None, QuantSpec(4, 32)))
+        everywhere = os.sched_getaffinity(0)
+        two = set(sorted(everywhere)[:2])
+        for own in ({min(two)}, two, {max(two)}, two):
+            os.sched_setaffinity(0, own)
+            time.sleep(0.05)  # until the worker sleeps
+            assert not native.linear(torch.ones(3, 256), packed).any()
+            assert os.sched_getaffinity(0) == own
+            if own == two:
+                assert {frozenset({core}) for core in two} & cores()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60)
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize("end", ["pass", "raise SystemExit(3)", "os._exit(3)", "other.start()"])
 def test_the_interpreter_ends_with_sleeping_workers(end: str) -> None:
     """Also while a daemon thread still computes."""
