@@ -170,8 +170,12 @@ void check_ffn(int32_t bits, int32_t group, int32_t form, int64_t count, const O
     if ((count + 1) % 7 == 0)
         for (int64_t i = 0; i <= count; i++) order[i] = count - i;
     std::vector<Run> runs;
-    if (first) runs.push_back({experts[0].matrix, experts[1].matrix, experts[2].matrix, 0, first});
-    if (second) runs.push_back({experts[3].matrix, experts[4].matrix, experts[5].matrix, first, count});
+    const auto run = [&](int first_matrix, int64_t begin, int64_t end) {
+        const Packed* three = &experts[first_matrix];
+        runs.push_back({&three[0].matrix, &three[1].matrix, &three[2].matrix, begin, end});
+    };
+    if (first) run(0, 0, first);
+    if (second) run(3, first, count);
     const std::vector<float> x = floats((count + 1) * kWidth), shares = floats(count + 1);
     std::vector<float> out((count + 1) * kWidth, 7.0f);
     zk_moe_ffn(runs.data(), static_cast<int64_t>(runs.size()), order.data(), x.data(), shares.data(),

@@ -159,7 +159,7 @@ void unpack_row(const Matrix& m, int64_t row, float* out) {
 }  // namespace zk
 
 // Raised with every change of a signature or a struct; library.py refuses another one.
-ZK_EXPORT int32_t zk_abi_version() { return 4; }
+ZK_EXPORT int32_t zk_abi_version() { return 5; }
 
 // Raised with every change of what packed bytes mean.
 ZK_EXPORT int32_t zk_layout_version() { return zk::kLayoutVersion; }
@@ -229,7 +229,7 @@ ZK_EXPORT int32_t zk_moe_ffn(const zk::Run* runs, int64_t count, const int64_t* 
                              const zk::Options* options) {
     if (count == 0) return zk::kOk;
     try {
-        const int64_t bytes = count * zk::packed_bytes(runs[0].gate);
+        const int64_t bytes = count * zk::packed_bytes(*runs[0].gate);
         zk::Team team(zk::threads_for(*options, bytes));
         zk::moe_ffn(team, zk::scratch, {runs, count, order}, x, weights, out, *options);
         zk::scratch.trim();

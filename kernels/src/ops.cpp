@@ -42,12 +42,12 @@ void gate_up(const Kernels& kernels, bool fast, const Run& run, int64_t begin, i
         for (int64_t start = 0; start < count; start += kRows) {
             const int64_t some = std::min(kRows, count - start), at = first + start;
             for (int64_t tile = begin; tile < stop; tile += kTogether)
-                kernels.multiply(run.gate, tile, some_tiles(stop - tile), fast, rows, at,
+                kernels.multiply(*run.gate, tile, some_tiles(stop - tile), fast, rows, at,
                                  some, gate + (tile - begin) * some * kTile);
             for (int64_t tile = begin; tile < stop; tile += kTogether) {
                 const int64_t taken = some_tiles(stop - tile);
                 float* own = gate + (tile - begin) * some * kTile;
-                kernels.multiply(run.up, tile, taken, fast, rows, at, some, up);
+                kernels.multiply(*run.up, tile, taken, fast, rows, at, some, up);
                 kernels.swiglu(own, up, taken * some);
                 each_row(width, tile, taken, some, own,
                          [&](int64_t i, int64_t column, int64_t lanes, const float* from) {
@@ -61,11 +61,11 @@ void gate_up(const Kernels& kernels, bool fast, const Run& run, int64_t begin, i
 void down(const Kernels& kernels, bool fast, const Run& run, int64_t begin, int64_t end,
           int64_t origin, const Rows& rows, const int64_t* order, const float* weights,
           float* out) {
-    const int64_t count = run.end - run.begin, width = run.down.rows;
+    const int64_t count = run.end - run.begin, width = run.down->rows;
     in_handfuls(begin, end, count, [&](int64_t tile, int64_t taken, int64_t start, int64_t some) {
         alignas(kLine) float part[kTogether * kRows * kTile];
         const int64_t at = run.begin - origin + start;
-        kernels.multiply(run.down, tile, taken, fast, rows, at, some, part);
+        kernels.multiply(*run.down, tile, taken, fast, rows, at, some, part);
         each_row(width, tile, taken, some, part,
                  [&](int64_t i, int64_t first, int64_t lanes, const float* from) {
                      const int64_t row = order[run.begin + start + i];
@@ -108,7 +108,7 @@ void moe_ffn(Team& team, Scratch& scratch, const Experts& experts, const float* 
              const float* weights, float* out, const Options& options) {
     const Kernels kernels = kernels_of(options.isa);
     const bool fast = options.fast != 0;
-    const Matrix &gate = experts.runs[0].gate, &last = experts.runs[0].down;
+    const Matrix &gate = *experts.runs[0].gate, &last = *experts.runs[0].down;
     const int64_t count = experts.rows(), origin = experts.first(), columns = gate.columns;
     const int64_t width = tiles(gate) * kTile;
     const int64_t input_bytes = inputs_bytes(team, count, columns, fast);

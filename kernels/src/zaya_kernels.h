@@ -67,9 +67,9 @@ struct Region {
 
 // One expert and the rows it receives: order[begin .. end).
 struct Run {
-    Matrix gate;  // [hidden, width]
-    Matrix up;    // [hidden, width]
-    Matrix down;  // [width, hidden]
+    const Matrix* gate;  // [hidden, width]
+    const Matrix* up;    // [hidden, width]
+    const Matrix* down;  // [width, hidden]
     int64_t begin;
     int64_t end;
 };

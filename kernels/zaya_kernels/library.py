@@ -15,7 +15,7 @@ import torch
 import zaya_kernels
 from zaya_quant import shared_library
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _ARM = platform.machine().lower() in ("aarch64", "arm64")
 ISAS = ("neon", "dotprod") if _ARM else ("base", "avx2", "avx512")
 
@@ -71,9 +71,9 @@ class Run(ctypes.Structure):
     """``zk::Run``, field by field."""
 
     _fields_ = (
-        ("gate", Matrix),
-        ("up", Matrix),
-        ("down", Matrix),
+        ("gate", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
         ("begin", ctypes.c_int64),
         ("end", ctypes.c_int64),
     )

@@ -84,7 +84,7 @@ def linear(
     out = torch.empty(*x.shape[:-1], rows)
     count = out.numel() // rows if rows else 0
     status = library().zk_linear(
-        ctypes.byref(packed.matrix),
+        packed.address,
         source.data_ptr(),
         count,
         None if wide_bias is None else wide_bias.data_ptr(),
@@ -235,10 +235,11 @@ def _run(
             f"an expert's gate {gate.shape}, up {up.shape} and down {down.shape} "
             f"do not fit rows of {width}"
         )
-    runs = (Run * len(group))(*(
-        (gate.matrix, up.matrix, down.matrix, begin, end)
+    entries = [
+        (gate.address, up.address, down.address, begin, end)
         for (gate, up, down), begin, end in group
-    ))  # fmt: skip
+    ]
+    runs = (Run * len(entries))(*entries)
     status = library().zk_moe_ffn(
         runs,
         len(group),

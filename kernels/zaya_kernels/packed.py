@@ -41,6 +41,7 @@ class PackedWeight:
         fast: whether products with it may round activations to int8.
         data: the bytes, uint8 [nbytes], aligned to 64; they may lie in a mapped file.
         matrix: what the library's functions take.
+        address: where that lies.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class PackedWeight:
             )
         self.data = data[:size]
         self.matrix.data = self.data.data_ptr()
+        self.address = ctypes.addressof(self.matrix)
 
     @property
     def nbytes(self) -> int:
