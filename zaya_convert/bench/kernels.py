@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from ctypes import byref, c_int64
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from zaya_convert.bench import ggml, peers
 from zaya_convert.bench.measure import CEILING, PEER, Call, Case, Contender
 from zaya_convert.runtime.mapping import fresh
 from zaya_kernels import native, table
-from zaya_kernels.library import Region, library
+from zaya_kernels.library import Region, Run, check, library, options
 from zaya_kernels.packed import PackedWeight, pack, packed_bytes
 from zaya_kernels.reference import Expert, Weight
 from zaya_kernels.request import Request
@@ -105,9 +106,10 @@ def experts_decode(
         Contender(row.name, [partial(row.body, x, i, share, experts.__getitem__) for i in ids])
         for row, experts in _experts_of(bank, spec)
     ]
-    contenders.append(
-        Contender("read of the same bytes", [read(three, threads) for three in bank], CEILING)
-    )
+    contenders += [
+        Contender("native_fast, from C", [_call_of(three, x, share) for three in bank]),
+        Contender("read of the same bytes", [read(three, threads) for three in bank], CEILING),
+    ]
     found, notes = _expert_peers(spec, count, x, ids, threads, libraries)
     name = f"expert FFN, 1 token, {_label(spec)}, {count} experts of {sizes.width} in turn"
     return Case(name, each, 2 * 3 * sizes.width**2, [*contenders, *found], notes)
@@ -130,6 +132,22 @@ def packed_experts(spec: QuantSpec, width: int, count: int) -> list[list[PackedW
     """Gate, up and down of some experts: the same codes, each in memory of its own."""
     matrices = packed_rows(spec, width, width, 3 * count)
     return [matrices[3 * index : 3 * index + 3] for index in range(count)]
+
+
+def _call_of(expert: Sequence[PackedWeight], x: Tensor, share: Tensor) -> Call:
+    """What the decode step does for an expert, without the op around it: as ggml is called."""
+    packed = [_over(matrix, "native_fast") for matrix in expert]  # lives as long as the call
+    runs, order = (Run * 1)((*(matrix.address for matrix in packed), 0, 1)), (c_int64 * 1)(0)
+    out = torch.empty_like(x)
+
+    def call() -> Tensor:
+        check(library().zk_moe_ffn(
+            runs, 1, order, x.data_ptr(), share.data_ptr(), out.data_ptr(),
+            byref(options(packed[0].fast)),
+        ))  # fmt: skip
+        return out
+
+    return call
 
 
 def _experts_of(
