@@ -136,7 +136,7 @@ private:
     // Keeps workers off the core of the caller, where some kernels would have them wait for it to
     // finish the call alone.
     void keep_apart() {
-#if defined(__linux__)
+#if defined(__linux__) && !defined(__ANDROID__)  // which has no pthread_setaffinity_np
         const int core = sched_getcpu();
         cpu_set_t others;
         if (core < 0 || core == avoided_ || sched_getaffinity(0, sizeof others, &others) != 0) return;
