@@ -232,7 +232,7 @@ int main() {
                 for (int64_t count : {1, 2, 5, 70, 140})
                     check_ffn(bits, bits == 4 ? 32 : 128, kSymmetric, count, {fast, isa, 3, 0});
 
-    // Callers at once: one of them has the pool.
+    // Callers at once, who ask for different numbers of threads: one of them has the pool.
     const Packed packed = make(600, 256, 4, 32, kFloat16, kSymmetric);
     const Options options{1, zk_best_isa(), 3, 0};
     const std::vector<float> x = floats(5 * 256);
@@ -242,10 +242,12 @@ int main() {
     std::atomic<int> different{0};
     for (int i = 0; i < 4; i++)
         callers.emplace_back([&] {
-            for (int turn = 0; turn < 50; turn++) {
-                std::vector<float> out(5 * 600);
-                zk_linear(&packed.matrix, x.data(), 5, nullptr, out.data(), &options);
-                different += out != wanted;
+            for (int turn = 0; turn < 200; turn++) {
+                const int64_t count = 1 + turn % 5;
+                const Options own{1, options.isa, turn % 2 ? 2 : 6, 0};
+                std::vector<float> out(count * 600);
+                zk_linear(&packed.matrix, x.data(), count, nullptr, out.data(), &own);
+                different += !std::equal(out.begin(), out.end(), wanted.begin());
             }
         });
     for (auto& caller : callers) caller.join();

@@ -59,15 +59,17 @@ private:
 
 // Rows of activations as kernels read them.  A few are prepared by every thread for itself, in less
 // time than it takes to fetch what another core has written; more are shared out.
-constexpr bool each_prepares(int64_t count) { return count <= 4; }
+constexpr int64_t kOwnRows = 4;
+constexpr bool each_prepares(int64_t count) { return count <= kOwnRows; }
 
 constexpr int64_t rows_bytes(int64_t count, int64_t columns, bool fast) {
     return count * padded(columns) / kBlock * block_bytes(fast);
 }
 
-// Memory that they take.
+// Memory that `count` rows take, or any smaller number of them.
 inline int64_t inputs_bytes(const Team& team, int64_t count, int64_t columns, bool fast) {
-    return rows_bytes(count, columns, fast) * (each_prepares(count) ? team.threads() : 1);
+    const int64_t own = rows_bytes(std::min(count, kOwnRows), columns, fast) * team.threads();
+    return std::max(own, rows_bytes(count, columns, fast));
 }
 
 //   source(i) points to the i-th of `count` rows of floats.

@@ -67,8 +67,8 @@ public:
             for (; workers_ < threads - 1; workers_++) {
                 std::thread worker(&Pool::work, this, workers_ + 1);
                 handles_[workers_] = worker.native_handle();
-                avoided_ = -1;
                 worker.detach();
+                fresh_ = true;
             }
         } catch (const std::exception&) {  // of no threads, or no memory
             threads = workers_ + 1;
@@ -76,9 +76,10 @@ public:
         {
             const std::lock_guard<std::mutex> lock(mutex_);
             active_.store(threads, std::memory_order_release);
-            if (asleep_ == 0 && avoided_ >= 0) return threads;
+            if (asleep_ == 0 && !fresh_) return threads;
         }
         keep_apart();
+        fresh_ = false;
         wake_.notify_all();
         return threads;
     }
@@ -133,18 +134,20 @@ private:
         }
     }
 
-    // Keeps workers off the core of the caller, where some kernels would have them wait for it to
-    // finish the call alone.
+    // Lets workers run where the caller may, but for the core where it is, where some kernels would
+    // have them wait until it has finished the call alone.
     void keep_apart() {
 #if defined(__linux__) && !defined(__ANDROID__)  // which has no pthread_setaffinity_np
+        constexpr int kFewCores = 16;  // on more, others are idle, and to move all takes longer
         const int core = sched_getcpu();
-        cpu_set_t others;
-        if (core < 0 || core == avoided_ || sched_getaffinity(0, sizeof others, &others) != 0) return;
-        CPU_CLR(core, &others);
-        if (CPU_COUNT(&others) == 0) return;
+        cpu_set_t cores;
+        if (core < 0 || sched_getaffinity(0, sizeof cores, &cores) != 0) return;
+        const int count = CPU_COUNT(&cores);
+        if (count > 1 && count <= kFewCores) CPU_CLR(core, &cores);
+        if (!fresh_ && CPU_EQUAL(&cores, &cores_)) return;
         for (int i = 0; i < workers_; i++)
-            pthread_setaffinity_np(handles_[i], sizeof others, &others);
-        avoided_ = core;
+            pthread_setaffinity_np(handles_[i], sizeof cores, &cores);
+        cores_ = cores;
 #endif
     }
 
@@ -160,13 +163,15 @@ private:
     }
 
     // Takes chunks of `phase` until none is left.  What is read before a chunk is taken belongs to
-    // `phase` or to a later one; in the latter case no chunk of `phase` is left to take.
+    // `phase` or to a later one; in the latter case no chunk of `phase` is left to take.  A call has
+    // memory for its own threads only.
     void help(int index, uint64_t phase) {
         const Function function = function_.load(std::memory_order_relaxed);
         const void* body = body_.load(std::memory_order_relaxed);
         const int64_t count = count_.load(std::memory_order_relaxed);
         const int64_t size = size_.load(std::memory_order_relaxed);
         const int threads = threads_.load(std::memory_order_relaxed);
+        if (index >= threads) return;  // late, for a call that is over
         int64_t done = 0;
         for (int i = 0; i < threads; i++) {
             Share& from = shares_[(index + i) % threads];
@@ -185,8 +190,11 @@ private:
     int asleep_ = 0;              // workers that wait, as the mutex guards it
     // Changed by the call that holds the pool:
     int workers_ = 0;
-    int avoided_ = -1;  // the core that workers are kept off
+    bool fresh_ = false;  // some have been started since they were last told where to run
     std::thread::native_handle_type handles_[kMostThreads] = {};
+#if defined(__linux__) && !defined(__ANDROID__)
+    cpu_set_t cores_ = {};  // where they run
+#endif
     // A line that changes once a phase, and one that every thread changes.
     alignas(64) std::atomic<uint64_t> phase_{0};
     std::atomic<Function> function_{nullptr};

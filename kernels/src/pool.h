@@ -2,8 +2,8 @@
 //
 // During a call workers spin for its next phase, so that phases cost no wake-up.  After it they stay
 // awake for a moment, lest every small product wake them anew, and give way to whoever wants the core;
-// then they sleep.  On Linux they run on the cores that the caller may run on, but for the one where
-// it is when it wakes them.  A call that finds the pool taken by another thread computes alone.
+// then they sleep.  On Linux they run on the cores that the caller may run on, of few ones but for the
+// one where it is when it wakes them.  A call that finds the pool taken by another thread computes alone.
 //
 // Safe after fork: the child, which has no workers, forgets its parent's pool.  Safe at exit: the
 // pool is never destroyed, so sleeping workers have nothing pulled away from under them.

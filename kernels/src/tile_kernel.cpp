@@ -1,7 +1,7 @@
 // Products with tiles of a packed matrix.  Compiled once per instruction set.
 //
 // A vector lane is one of the tile's 16 rows: kParts vectors hold a number of each.  Weights are
-// loaded once for up to four tiles and eight rows of activations, whose numbers are broadcast.  The
+// loaded once for up to four tiles and four rows of activations, whose numbers are broadcast.  The
 // operations on a row of activations and their order do not depend on how many rows stand beside it.
 #include <algorithm>
 #include <cstdint>
@@ -531,8 +531,10 @@ ZK_INLINE void quantize_block(const float* x, Block<L>* out) {
     const bool finite = bits < 0x7F800000;
     float largest;
     std::memcpy(&largest, &bits, sizeof largest);
-    // Below this the last limb's scale is no normal number; such activations count as zero.
-    const float inverse = finite && largest > 0x1p-100f ? 127.0f / largest : 0.0f;
+    // Far below this 127 / largest overflows, or the last limb's scale is no normal number; such
+    // activations count as zero.
+    constexpr float kLeast = L > 1 ? 0x1p-100f : 0x1p-120f;
+    const float inverse = finite && largest > kLeast ? 127.0f / largest : 0.0f;
     I sums[2][2] = {};  // of the first limb and of the others, of each half
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; i++) {

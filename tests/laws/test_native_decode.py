@@ -270,6 +270,23 @@ def quantized(
     return open_model(str(folder / "out"))
 
 
+@pytest.mark.parametrize("real", [1, 3, 4, 5])
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_share_packed_matrices(real: int, threads: int, quantized: Checkpoint) -> None:
+    """Of seven rows some are padding still: fewer reach the experts than are there."""
+    model, ids = native(quantized), tokens(7, 4)
+    mask = torch.ones(7, 4, dtype=torch.bool)
+    mask[real:, :3] = False
+    one = in_blocks(model, ids, ones(4), mask)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = in_blocks(model, ids, ones(4), mask)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found.logits[mask], one.logits[mask])
+
+
 @pytest.mark.parametrize("isa", library.supported_isas())
 def test_packed_matrices(isa: str, quantized: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "options", partial(library.options, isa=isa))

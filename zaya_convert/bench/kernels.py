@@ -107,7 +107,7 @@ def experts_decode(
         for row, experts in _experts_of(bank, spec)
     ]
     contenders += [
-        Contender("native_fast, from C", [_call_of(three, x, share) for three in bank]),
+        Contender("native_fast, native call", [_call_of(three, x, share) for three in bank]),
         Contender("read of the same bytes", [read(three, threads) for three in bank], CEILING),
     ]
     found, notes = _expert_peers(spec, count, x, ids, threads, libraries)

@@ -71,8 +71,8 @@ class Figure:
             measured beside it (prefill); None without such a ceiling.
         times: how many times as long as the first contender it took.
 
-    The last two are medians over rounds, in each of which everything ran within a second: a machine
-    is at times faster and at times slower.
+    The last two are medians over rounds, in each of which everything ran, one after the other: a
+    machine is at times faster and at times slower.
     """
 
     name: str
