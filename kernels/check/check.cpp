@@ -232,26 +232,39 @@ int main() {
                 for (int64_t count : {1, 2, 5, 70, 140})
                     check_ffn(bits, bits == 4 ? 32 : 128, kSymmetric, count, {fast, isa, 3, 0});
 
-    // Callers at once, who ask for different numbers of threads: one of them has the pool.
     const Packed packed = make(600, 256, 4, 32, kFloat16, kSymmetric);
     const Options options{1, zk_best_isa(), 3, 0};
     const std::vector<float> x = floats(5 * 256);
     std::vector<float> wanted(5 * 600);
     zk_linear(&packed.matrix, x.data(), 5, nullptr, wanted.data(), &options);
-    std::vector<std::thread> callers;
     std::atomic<int> different{0};
-    for (int i = 0; i < 4; i++)
-        callers.emplace_back([&] {
-            for (int turn = 0; turn < 200; turn++) {
-                const int64_t count = 1 + turn % 5;
-                const Options own{1, options.isa, turn % 2 ? 2 : 6, 0};
-                std::vector<float> out(count * 600);
-                zk_linear(&packed.matrix, x.data(), count, nullptr, out.data(), &own);
-                different += !std::equal(out.begin(), out.end(), wanted.begin());
+    const auto call = [&](int64_t count, int32_t threads) {
+        const Options own{1, options.isa, threads, 0};
+        std::vector<float> out(count * 600);
+        zk_linear(&packed.matrix, x.data(), count, nullptr, out.data(), &own);
+        different += !std::equal(out.begin(), out.end(), wanted.begin());
+    };
+
+    // Calls in turn for different numbers of threads: some of one are late for it, and in the next.
+    std::vector<std::thread> callers;
+    std::atomic<int> turns{0};
+    for (int i = 0; i < 2; i++)
+        callers.emplace_back([&, i] {
+            for (int turn = 0; turn < 4000; turn++, turns++) {
+                while (turns % 2 != i) std::this_thread::yield();
+                call(1 + turn % 4, i ? 2 : 6);
             }
         });
     for (auto& caller : callers) caller.join();
-    expect(different == 0, "callers at once", packed.matrix, options);
+    callers.clear();
+
+    // Callers at once: one of them has the pool.
+    for (int i = 0; i < 4; i++)
+        callers.emplace_back([&] {
+            for (int turn = 0; turn < 100; turn++) call(1 + turn % 5, 3);
+        });
+    for (auto& caller : callers) caller.join();
+    expect(different == 0, "callers in turn and at once", packed.matrix, options);
     std::printf("%lld checks, %lld wrong, instruction sets 0 to %d\n", static_cast<long long>(done),
                 static_cast<long long>(wrong), zk_best_isa());
     return wrong ? 1 : 0;
