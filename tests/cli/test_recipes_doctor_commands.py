@@ -64,6 +64,25 @@ def test_doctor_survives_a_wrong_kernel_choice(zaya: Zaya, monkeypatch: pytest.M
     assert "warp-drive" in done.out
 
 
+@pytest.mark.parametrize("command", [("quantize", "--method", "gptq"), ("calibrate",)])
+def test_a_kernel_that_cannot_run_is_one_line(
+    command: tuple[str, ...],
+    zaya: Zaya,
+    nano_hybrid: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ZAYA_KERNELS", "warp-drive")
+    data = tmp_path / "ids.jsonl"
+    data.write_text('{"ids": [1, 2, 3, 4, 5, 6, 7, 8]}\n')
+    made = tmp_path / "made.safetensors"
+    done = zaya(*command, nano_hybrid, "--data", data, "--tokens", 8, "-o", made)
+    assert done.code == 2
+    assert "error: ZAYA_KERNELS=warp-drive: there is no such kernel" in done.err
+    assert "internal" not in done.err
+    assert not made.exists()
+
+
 def test_the_table_of_extras_is_that_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(doctor.EXTRAS) == set(project["optional-dependencies"]) - {"dev"}

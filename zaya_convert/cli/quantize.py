@@ -33,7 +33,7 @@ _DEFAULT_RECIPES = {"gguf": "q4_k_m", "onnx": "onnx-int4"}  # others: int4
 
 @click.command("quantize")
 @click.argument("model", type=MODEL, required=False)
-@click.option("--bits", type=click.IntRange(2, 8), help="Bits of the experts' weights.")
+@click.option("--bits", type=click.IntRange(2, 8), help="Bits of the experts' weights; not 7.")
 @click.option(
     "--group-size",
     type=int,

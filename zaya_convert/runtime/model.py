@@ -20,17 +20,15 @@ import torch
 from torch import Tensor
 
 from zaya_convert.checkpoint import Checkpoint
-from zaya_convert.errors import UsageError
 from zaya_convert.runtime.attention import Batch, attend, project
 from zaya_convert.runtime.cache import Cache
 from zaya_convert.runtime.inputs import check_block, check_sequences, full_mask
 from zaya_convert.runtime.router import Routing, rms_norm, route
 from zaya_convert.runtime.step import NativeStep, refusal
-from zaya_convert.runtime.weights import Parts, Weights
+from zaya_convert.runtime.weights import Parts, Weights, kernel
 from zaya_kernels import native
 from zaya_kernels.reference import Expert
 from zaya_kernels.request import TILES, Request
-from zaya_kernels.table import choose
 
 # (layer, site, rows [m, in], expert): what the projections of a site receive, padding left out.
 # Sites: "qkv_proj", "o_proj" (expert -1); "gate_up_proj", "down_proj" (rows of that expert only;
@@ -101,16 +99,13 @@ class Model:
         self.config, self.dtype = checkpoint.config, dtype
         self.wide = torch.float64 if exact else dtype
         request = Request(dtype, exact=exact, fast=fast)
-        try:
-            self._linear = choose("linear", request).body
-            self._moe = choose("moe_ffn", request).body
-            self._observed_moe = choose("moe_ffn", replace(request, observed=True)).body
-        except ValueError as error:
-            raise UsageError(str(error)) from None
+        self._linear = kernel("linear", request).body
+        self._moe = kernel("moe_ffn", request).body
+        self._observed_moe = kernel("moe_ffn", replace(request, observed=True)).body
         packing = request if fast and resident and not exact else None
         if packing is not None:
             self._linear = native.with_packed(self._linear)
-            self._moe = choose("moe_ffn", replace(request, layout=TILES)).body
+            self._moe = kernel("moe_ffn", replace(request, layout=TILES)).body
         self.weights = Weights(checkpoint, dtype, self.wide, resident, packing)
         self.step_refusal = refusal() if packing else "for resident weights and fast kernels only"
         self._step: NativeStep | None = None

@@ -37,10 +37,9 @@ from zaya_convert.layout import EXPERT_PARTS, QKV_PARTS, TensorKey
 from zaya_convert.runtime.attention import Batch, attend, project
 from zaya_convert.runtime.model import residual
 from zaya_convert.runtime.router import rms_norm, route
-from zaya_convert.runtime.weights import Parts, Weights
+from zaya_convert.runtime.weights import Parts, Weights, kernel
 from zaya_convert.threads import Threads, one_thread_each
 from zaya_kernels.request import Request
-from zaya_kernels.table import choose
 
 ROWS = 2048  # rows of a piece of work that may be cut anywhere
 POOLED = 1024  # rows of the pooled sample
@@ -161,7 +160,7 @@ class Walk:
         self.threads, self._folder = threads, folder
         self._weights = Weights(checkpoint, torch.float32, torch.float32, resident=False)
         self.spans = _spans(sequences)
-        self._linear = choose("linear", Request(torch.float32)).body
+        self._linear = kernel("linear", Request(torch.float32)).body
         self.layer = 0
         self.routes: list[Tensor] = []
         ids = torch.cat(list(sequences))

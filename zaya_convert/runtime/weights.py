@@ -16,20 +16,33 @@ import torch
 from torch import Tensor
 
 from zaya_convert.checkpoint import Checkpoint, Piece, torch_dtype
-from zaya_convert.errors import InputError
+from zaya_convert.errors import InputError, UsageError
 from zaya_convert.layout import BALANCING_BIASES, EXPERT_PARTS, PART_BY_NAME, TensorKey
 from zaya_convert.runtime import packed_cache
 from zaya_convert.runtime.inputs import check_ids
 from zaya_convert.runtime.mapping import map_file
+from zaya_kernels import table
 from zaya_kernels.packed import PackedWeight
 from zaya_kernels.reference import Expert
 from zaya_kernels.request import Request
-from zaya_kernels.table import choose
 from zaya_quant.qtensor import Quantized
 from zaya_quant.spec import Spec
 
 Parts = Mapping[str, Tensor]
 Held = Tensor | Quantized | PackedWeight
+
+
+def kernel(op: str, request: Request) -> table.Row:
+    """The row of the table that computes an op.
+
+    Raises:
+        UsageError: the one that the user forces cannot.
+    """
+    try:
+        return table.choose(op, request)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
 
 _MAPPED_BYTES = 1 << 20  # float matrices from this size on are mapped by fast runs
 _HEAD_BLOCK_BYTES = 8 << 20  # small enough for the allocator to reuse: 5 times faster than 64 MiB
@@ -178,7 +191,7 @@ class Weights:
             return None
         op = "linear" if key.expert < 0 else "moe_ffn"
         if (op, spec) not in self._packs:
-            self._packs[op, spec] = choose(op, replace(self.packing, spec=spec)).pack
+            self._packs[op, spec] = kernel(op, replace(self.packing, spec=spec)).pack
         return self._packs[op, spec]
 
     def _read(self, key: TensorKey) -> Tensor | PackedWeight:
