@@ -86,17 +86,12 @@ struct Both {
     Rows rows;
 };
 
-class Input {
-public:
-    Input(Activations floats, const Inputs<Activations>& prepared)
-        : floats_(floats), prepared_(prepared) {}
+struct Input {
+    Activations floats;
+    Inputs<Activations> prepared;
 
     // For one range after the other of a run.
-    Both of(const Range& range) const { return {floats_, prepared_.of(range)}; }
-
-private:
-    Activations floats_;
-    Inputs<Activations> prepared_;
+    Both of(const Range& range) const { return {floats, prepared.of(range)}; }
 };
 
 // Rows of one expert: order[begin .. end).
@@ -457,11 +452,9 @@ private:
         const int64_t count = static_cast<int64_t>(shares.size());
         team_.run(count * each, kAnything, [&](const Range& range) {
             const Both both = in.of(range);
-            for (int64_t begin = range.begin; begin < range.end;) {
-                const int64_t share = begin / each, stop = std::min(range.end, (share + 1) * each);
-                body(shares[share], begin - share * each, stop - share * each, both);
-                begin = stop;
-            }
+            split(range, each, [&](int64_t share, int64_t begin, int64_t end) {
+                body(shares[share], begin, end, both);
+            });
         });
     }
 

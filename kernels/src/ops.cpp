@@ -91,7 +91,8 @@ void linear(Team& team, Scratch& scratch, const Matrix& matrix, const float* x, 
                         [&](int64_t i) { return x + i * columns; });
     team.run(tiles(matrix), kAnything, [&](const Range& range) {
         const Rows rows = inputs.of(range);
-        in_handfuls(range.begin, range.end, count, [&](int64_t tile, int64_t taken, int64_t start, int64_t some) {
+        in_handfuls(range.begin, range.end, count,
+                    [&](int64_t tile, int64_t taken, int64_t start, int64_t some) {
             alignas(kLine) float part[kTogether * kRows * kTile];
             kernels.multiply(matrix, tile, taken, fast, rows, start, some, part);
             each_row(matrix.rows, tile, taken, some, part,
@@ -121,16 +122,17 @@ void moe_ffn(Team& team, Scratch& scratch, const Experts& experts, const float* 
                         [&](int64_t i) { return x + experts.order[origin + i] * columns; });
     team.run(experts.count * tiles(gate), kAnything, [&](const Range& range) {
         const Rows rows = inputs.of(range);
-        experts.split(range, tiles(gate), [&](const Run& run, int64_t begin, int64_t end) {
-            gate_up(kernels, fast, run, begin, end, origin, rows, hidden, width);
+        split(range, tiles(gate), [&](int64_t run, int64_t begin, int64_t end) {
+            gate_up(kernels, fast, experts.runs[run], begin, end, origin, rows, hidden, width);
         });
     });
     const Inputs middle(team, kernels, fast, memory + input_bytes + hidden_bytes, last.columns,
                         count, [&](int64_t i) { return hidden + i * width; });
     team.run(experts.count * tiles(last), kAnything, [&](const Range& range) {
         const Rows rows = middle.of(range);
-        experts.split(range, tiles(last), [&](const Run& run, int64_t begin, int64_t end) {
-            down(kernels, fast, run, begin, end, origin, rows, experts.order, weights, out);
+        split(range, tiles(last), [&](int64_t run, int64_t begin, int64_t end) {
+            down(kernels, fast, experts.runs[run], begin, end, origin, rows, experts.order, weights,
+                 out);
         });
     });
 }

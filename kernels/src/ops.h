@@ -57,9 +57,7 @@ private:
 
 // ---- activations ---------------------------------------------------------------------------------
 
-// Rows of activations as kernels read them.  A few are prepared by every thread for itself, in less
-// time than it takes to fetch what another core has written; more are shared out.
-constexpr int64_t kOwnRows = 4;
+constexpr int64_t kOwnRows = 4;  // of which every thread prepares a copy of its own, at most
 constexpr bool each_prepares(int64_t count) { return count <= kOwnRows; }
 
 constexpr int64_t rows_bytes(int64_t count, int64_t columns, bool fast) {
@@ -72,6 +70,8 @@ inline int64_t inputs_bytes(const Team& team, int64_t count, int64_t columns, bo
     return std::max(own, rows_bytes(count, columns, fast));
 }
 
+// Rows of activations as kernels read them.  A few are prepared by every thread for itself, in less
+// time than it takes to fetch what another core has written; more are shared out.
 //   source(i) points to the i-th of `count` rows of floats.
 template <typename Source>
 class Inputs {
@@ -111,6 +111,17 @@ private:
 
 // ---- ops -----------------------------------------------------------------------------------------
 
+// body(matrix, begin, end) for the parts of a range of the tiles of several matrices, `each` of them
+// a matrix.
+template <typename Body>
+void split(const Range& range, int64_t each, Body body) {
+    for (int64_t begin = range.begin; begin < range.end;) {
+        const int64_t matrix = begin / each, stop = std::min(range.end, (matrix + 1) * each);
+        body(matrix, begin - matrix * each, stop - matrix * each);
+        begin = stop;
+    }
+}
+
 // How many threads weights of so many bytes are worth.
 int threads_for(const Options& options, int64_t bytes);
 
@@ -126,16 +137,6 @@ struct Experts {
 
     int64_t first() const { return runs[0].begin; }
     int64_t rows() const { return runs[count - 1].end - runs[0].begin; }
-
-    // body(run, begin, end) for the parts of a range of tiles, `each` of them a run.
-    template <typename Body>
-    void split(const Range& range, int64_t each, Body body) const {
-        for (int64_t begin = range.begin; begin < range.end;) {
-            const int64_t run = begin / each, stop = std::min(range.end, (run + 1) * each);
-            body(runs[run], begin - run * each, stop - run * each);
-            begin = stop;
-        }
-    }
 };
 
 // For every row r = order[i] of a run: out[r] = down(silu(gate x[r]) * up x[r]) * weights[r].

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -70,27 +71,23 @@ def test_shares_are_of_the_ceiling() -> None:
 
 
 def test_ratios_are_taken_within_rounds() -> None:
-    """A machine that is twice as slow for some rounds, more of them for one contender's median."""
+    """A machine turns fast within a round: medians over all rounds would be 4.0 and 3.0 seconds."""
     clock = [0.0]
-    paces = iter([1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 1.0, 2.0, 2.0] * 9)
-    pace = [1.0]
 
-    def begin() -> None:
-        pace[0] = next(paces)
-        clock.append(clock[-1] + 2.0 * pace[0])
-
-    def follow() -> None:
-        clock.append(clock[-1] + 3.0 * pace[0])
+    def call(own: float, paces: Sequence[float]) -> measure.Call:
+        turns = iter((1.0, *paces))  # the first warms up
+        return lambda: clock.append(clock[-1] + own * next(turns))
 
     contenders = [
-        measure.Contender("own", [begin]),
-        measure.Contender("peer", [follow], measure.PEER),
+        measure.Contender("own", [call(2.0, (2.0, 2.0, 2.0, 1.0, 1.0))]),
+        measure.Contender("peer", [call(3.0, (2.0, 2.0, 1.0, 1.0, 1.0))], measure.PEER),
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure.time, "perf_counter", lambda: clock[-1])
         patch.setattr(measure, "_CALLS", 1)
         patch.setattr(measure, "_SETTLE", 0)
-        found = measure.run(measure.Case("c", 1, 1, contenders), 8)
+        found = measure.run(measure.Case("c", 1, 1, contenders), 5)
+    assert [figure.seconds for figure in found.figures] == [4.0, 3.0]
     assert [figure.times for figure in found.figures] == [1.0, 1.5]
 
 

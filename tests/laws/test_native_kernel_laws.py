@@ -442,6 +442,7 @@ def test_beside_the_threads_of_torch() -> None:
         assert all(torch.allclose(one.result(), other) for one in theirs)
 
 
+# Elsewhere workers are not told where to run, and one core leaves no other.
 @pytest.mark.skipif(
     not sys.platform.startswith("linux") or len(os.sched_getaffinity(0)) < 2,
     reason="Linux with two cores only",

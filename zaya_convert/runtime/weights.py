@@ -31,6 +31,9 @@ from zaya_quant.spec import Spec
 Parts = Mapping[str, Tensor]
 Held = Tensor | Quantized | PackedWeight
 
+_MAPPED_BYTES = 1 << 20  # float matrices from this size on are mapped by fast runs
+_HEAD_BLOCK_BYTES = 8 << 20  # small enough for the allocator to reuse: 5 times faster than 64 MiB
+
 
 def kernel(op: str, request: Request) -> table.Row:
     """The row of the table that computes an op.
@@ -42,10 +45,6 @@ def kernel(op: str, request: Request) -> table.Row:
         return table.choose(op, request)
     except ValueError as error:
         raise UsageError(str(error)) from None
-
-
-_MAPPED_BYTES = 1 << 20  # float matrices from this size on are mapped by fast runs
-_HEAD_BLOCK_BYTES = 8 << 20  # small enough for the allocator to reuse: 5 times faster than 64 MiB
 
 
 class Weights:
